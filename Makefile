@@ -1,0 +1,32 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check lint venv clean
+export HF_HUB_OFFLINE := 1
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)        ## train, plan, distill, export and measure on real digits; about two minutes
+	rm -rf kdsurgeon-demo
+	$(BIN)/kdsurgeon demo
+
+test: lint            ## everything that decides whether a change is sound
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --warnings
+
+check: test
+
+clean:
+	rm -rf $(VENV) kdsurgeon-demo .pytest_cache .ruff_cache .hypothesis

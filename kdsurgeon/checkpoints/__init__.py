@@ -1,0 +1,28 @@
+"""Models in and out: the one place where files become tensors and model strings become modules.
+
+Loading a model file elsewhere (``torch.load`` and its like) is forbidden by a test. What a file is
+is decided by its content; what would run code is refused unopened.
+"""
+
+from kdsurgeon.checkpoints.arrays import read_arrays
+from kdsurgeon.checkpoints.conversion import Conversion, convert
+from kdsurgeon.checkpoints.models import Loaded, is_file, load_model
+from kdsurgeon.checkpoints.reader import ModelFile, read_model
+from kdsurgeon.checkpoints.specs import build
+from kdsurgeon.checkpoints.store import ModelCard, read_tensors, save_model, write_tensors
+
+__all__ = [
+    "Conversion",
+    "Loaded",
+    "ModelCard",
+    "ModelFile",
+    "build",
+    "convert",
+    "is_file",
+    "load_model",
+    "read_arrays",
+    "read_model",
+    "read_tensors",
+    "save_model",
+    "write_tensors",
+]

@@ -1,0 +1,216 @@
+"""Export a student and time it: what the verbs of ``cli.onnx`` do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from kdsurgeon import __version__
+from kdsurgeon.checkpoints import Loaded, ModelCard, load_model
+from kdsurgeon.cli import inputs
+from kdsurgeon.cli.console import out, say, warn
+from kdsurgeon.data import Dataset, Split
+from kdsurgeon.errors import UsageError
+from kdsurgeon.evaluation import accuracy
+from kdsurgeon.exporting import Exported, benchmark, read_metadata
+from kdsurgeon.exporting import export as export_model
+from kdsurgeon.recipe import RunConfig, read_config
+
+CALIBRATION_IMAGES = 512
+
+
+def export_student(
+    target: str,
+    output: Path,
+    *,
+    arch: str | None,
+    trust: Sequence[str],
+    data_dir: str | None,
+    calib_data: str | None,
+    size: inputs.Size | None,
+    opset: int,
+    int8: bool,
+    int8_gate: bool,
+    tolerance: float,
+    check: bool,
+    threads: int,
+) -> None:
+    """Write ONNX (and int8), print parity, accuracy, size and latency; a run keeps the figures."""
+    loaded, data = _student(target, arch, trust, data_dir, size)
+    if int8 and data is None and calib_data is None:
+        raise UsageError("int8 must be calibrated on images.", fix="--calib-data FOLDER, or digits")
+    if calib_data is not None:
+        calibration = _data(loaded, calib_data, size).train
+    else:
+        calibration = data.train if data else None
+    example = data.val.samples(slice(2)) if data else inputs.example_for([loaded], size, calib_data)
+    exported = export_model(
+        loaded.model,
+        output,
+        example,
+        opset=opset,
+        metadata=_metadata(loaded, data),
+        samples=data.val.samples() if data else None,
+        labels=torch.from_numpy(data.val.labels) if data else None,
+        calibration=_spread(calibration) if int8 and calibration else None,
+        int8_gate=int8_gate,
+        tolerance=tolerance,
+        verify=check,
+    )
+    score = None
+    if data:
+        score = accuracy(loaded.model, [(data.val.samples(), torch.from_numpy(data.val.labels))])
+    figures = _announce(loaded, exported, example, score, threads)
+    if (Path(target) / "config.yaml").is_file():
+        record = Path(target) / "export" / f"{output.stem}.json"
+        inputs.write_text(record, json.dumps(figures, indent=1))
+
+
+def _student(
+    target: str,
+    arch: str | None,
+    trust: Sequence[str],
+    data_dir: str | None,
+    size: inputs.Size | None,
+) -> tuple[Loaded, Split | None]:
+    """The model to export, and the data it is proved on; a run brings both."""
+    folder = Path(target)
+    if not (folder / "config.yaml").is_file():
+        loaded = load_model(target, arch=arch, trust=trust, flag="--arch")
+        return loaded, _data(loaded, data_dir, size) if data_dir else None
+    settings = read_config(folder / "config.yaml")
+    best, last = (folder / "student" / f"{name}.safetensors" for name in ("best", "last"))
+    if not last.is_file():
+        raise UsageError(f"{target} has no student yet.", fix="let it train for an epoch")
+    chosen = best if best.is_file() else last
+    loaded = load_model(str(chosen), arch=arch or settings.student_arch, trust=trust, flag="--arch")
+    say(f"student  {chosen}")
+    return replace(loaded, name=folder.name), _data(loaded, data_dir or settings.data_dir, size)
+
+
+def _data(loaded: Loaded, source: str, size: inputs.Size | None) -> Split:
+    settings = RunConfig(teacher="none", student="none", data_dir=source, data={"input_size": size})
+    split = inputs.load_data(settings, loaded.card)
+    with torch.inference_mode():
+        classes = loaded.model(torch.zeros((2, *split.train.input_size))).shape[-1]
+    inputs.check_classes(loaded, classes, split)
+    return split
+
+
+def _spread(dataset: Dataset) -> Tensor:
+    """At most 512 images, spread evenly over the data set."""
+    rows = torch.linspace(0, len(dataset) - 1, min(CALIBRATION_IMAGES, len(dataset)))
+    return dataset.samples(rows.long().unique().numpy())
+
+
+def _metadata(loaded: Loaded, data: Split | None) -> dict[str, str]:
+    card = loaded.card
+    if data is not None:
+        train = data.train
+        card = replace(
+            card, class_names=tuple(train.class_names), mean=train.mean, std=train.std,
+            input_size=train.input_size,
+        )  # fmt: skip
+    found = {
+        "kdsurgeon": __version__,
+        "student": loaded.sha256 or loaded.source,
+        **{f"provenance.{key}": value for key, value in card.provenance.items()},
+    }
+    for name in ("class_names", "mean", "std", "input_size"):
+        value = getattr(card, name)
+        if value is not None:
+            found[name] = json.dumps(value)
+    return found
+
+
+def _announce(
+    loaded: Loaded, done: Exported, example: Tensor, score: float | None, threads: int
+) -> dict[str, dict[str, float | None]]:
+    say(f"onnx     {done.path}, opset {done.opset}, dynamic batch, {done.bytes:,} bytes")
+    if done.parity is not None:
+        say(f"parity   {done.parity}")
+    else:
+        warn("the file was not compared with the model (--no-check); its metadata says so")
+    if done.int8 is not None:
+        say(f"int8     {done.int8.path}, {done.int8.bytes:,} bytes; {done.int8}")
+    targets = {"PyTorch": loaded.model, "ONNX fp32": done.path}
+    if done.int8 is not None:
+        targets["ONNX int8"] = done.int8.path
+    scores = {"PyTorch": score, "ONNX fp32": done.accuracy}
+    scores["ONNX int8"] = done.int8.accuracy if done.int8 else None
+    table = Table("", "accuracy", "size", "latency", "20 to 80 %", box=None, pad_edge=False)
+    rows = benchmark(targets, example, threads=threads)
+    for row in rows:
+        right = scores[row.name]
+        time = row.latency
+        table.add_row(
+            row.name,
+            "–" if right is None else f"{right:.2%}",
+            _size(row.bytes),
+            f"{time.median_ms:.3f} ms",
+            f"{time.p20:.3f} to {time.p80:.3f}",
+        )
+    out.print(table)
+    say(f"one image, {threads} thread(s), CPU")
+    return {
+        row.name: {
+            "accuracy": scores[row.name],
+            "bytes": row.bytes,
+            "latency_ms": row.latency.median_ms,
+        }
+        for row in rows
+    }
+
+
+def benchmark_models(
+    models: Sequence[str],
+    arch: str | None,
+    trust: Sequence[str],
+    size: inputs.Size | None,
+    *,
+    batch: int,
+    threads: int,
+) -> Table:
+    """One row for each model: size, latency, and how much faster than the first."""
+    targets = {}
+    cards = []
+    for source in models:
+        if Path(source).suffix == ".onnx":
+            recorded = read_metadata(source).get("input_size")
+            shape = tuple(json.loads(recorded)) if recorded else None
+            cards.append(
+                Loaded(source, torch.nn.Identity(), ModelCard(input_size=shape), None, source)
+            )
+            targets[source] = Path(source)
+        else:
+            cards.append(load_model(source, arch=arch, trust=trust, flag="--arch"))
+            targets[source] = cards[-1].model
+    example = inputs.example_for(cards, size, None)
+    generator = torch.Generator().manual_seed(0)
+    rows = benchmark(
+        targets, torch.randn(example.shape, generator=generator), batch=batch, threads=threads
+    )
+    table = Table(
+        "model", "runtime", "size", "latency", "20 to 80 %", "speed", box=None, pad_edge=False
+    )
+    for row in rows:
+        time, first = row.latency, rows[0].latency
+        table.add_row(
+            row.name,
+            time.runtime,
+            _size(row.bytes),
+            f"{time.median_ms:.3f} ms",
+            f"{time.p20:.3f} to {time.p80:.3f}",
+            f"{first.median_ms / time.median_ms:.2f}×",
+        )
+    return table
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

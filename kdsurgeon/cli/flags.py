@@ -1,0 +1,91 @@
+"""Flags that several verbs share, each spelled once, and how the strings in them become numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdsurgeon.errors import UsageError
+
+Arch = Annotated[
+    str | None,
+    typer.Option(help="architecture for a file of weights: timm/NAME, py:module:factory"),
+]
+TeacherArch = Annotated[
+    str | None, typer.Option("--teacher-arch", help="architecture of a teacher file of weights")
+]
+StudentArch = Annotated[
+    str | None, typer.Option("--student-arch", help="architecture of a student file of weights")
+]
+TrustCode = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-code", metavar="sha256:HASH", help="let this very file run code when loaded"
+    ),
+]
+DataDir = Annotated[
+    str | None, typer.Option("--data-dir", help="a folder of class folders, an .npz, or digits")
+]
+InputSize = Annotated[
+    str | None, typer.Option("--input-size", metavar="C,H,W", help="size of one input image")
+]
+Blocks = Annotated[
+    str | None, typer.Option("--blocks", metavar="N|auto", help="how many boundaries to plan")
+]
+Pairs = Annotated[
+    list[str] | None,
+    typer.Option("--pair", metavar="TEACHER=STUDENT", help="name a boundary instead of searching"),
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads")]
+OutputFile = Annotated[Path | None, typer.Option("--output", "-o", help="where to write")]
+
+
+def parse_size(text: str | None) -> tuple[int, int, int] | None:
+    """``3,224,224`` (or ``3x224x224``) as numbers."""
+    if text is None:
+        return None
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(
+            f"--input-size {text} is not channels,height,width.", fix="e.g. --input-size 3,224,224"
+        )
+    channels, height, width = (int(part) for part in parts)
+    return channels, height, width
+
+
+def parse_numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
+    """``0.5,0.4,0.4`` as numbers."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"{flag} {text} is not a list of numbers.", fix=f"e.g. {flag} 0.5,0.5,0.5"
+        ) from error
+
+
+def parse_pairs(pairs: list[str] | None) -> list[tuple[str, str]] | None:
+    """``layer1=blocks.0`` as (teacher node, student node)."""
+    if not pairs:
+        return None
+    found = []
+    for pair in pairs:
+        teacher, equals, student = pair.partition("=")
+        if not (teacher and equals and student):
+            raise UsageError(
+                f"--pair {pair} does not name two nodes.", fix="write --pair TEACHER=STUDENT"
+            )
+        found.append((teacher, student))
+    return found
+
+
+def parse_blocks(text: str | None) -> int | str:
+    """``auto`` or a count."""
+    if text in (None, "auto"):
+        return "auto"
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--blocks {text} is neither auto nor a count.", fix="e.g. --blocks 4")
+    return int(text)

@@ -1,0 +1,174 @@
+"""From strings to models, data and examples: what the verbs share below the flags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdsurgeon import data
+from kdsurgeon.checkpoints import Loaded, ModelCard, load_model
+from kdsurgeon.cli.console import say, warn
+from kdsurgeon.data import Batches, Split
+from kdsurgeon.errors import ResourceError, UsageError
+from kdsurgeon.recipe import RunConfig
+from kdsurgeon.stones import Plan, partition, read_plan
+from kdsurgeon.tracing import trace
+
+Size = tuple[int, int, int]
+
+
+def load_pair(
+    teacher: str,
+    student: str,
+    teacher_arch: str | None,
+    student_arch: str | None,
+    trust: Sequence[str],
+    num_classes: int | None = None,
+) -> tuple[Loaded, Loaded]:
+    """Both models; a student named by architecture alone gets as many classes as the teacher."""
+    first = load_model(teacher, arch=teacher_arch, trust=trust, flag="--teacher-arch")
+    second = load_model(
+        student,
+        arch=student_arch,
+        trust=trust,
+        flag="--student-arch",
+        num_classes=num_classes or first.card.num_classes,
+    )
+    return first, second
+
+
+def example_for(models: Sequence[Loaded], size: Size | None, data_dir: str | None) -> Tensor:
+    """An input of the size that the flag, the data, a model file or timm's config names."""
+    size = size or _size_of(models)
+    if size is None and data_dir is not None:
+        size = data.load(data_dir).train.input_size
+    if size is None:
+        raise UsageError(
+            f"the input size of {models[0].name} is not known.",
+            why="a file of weights does not say it",
+            fix="--input-size C,H,W, or --data-dir with the images it will see",
+        )
+    return torch.zeros((2, *size))
+
+
+def _size_of(models: Sequence[Loaded]) -> Size | None:
+    for loaded in models:
+        if loaded.card.input_size:
+            channels, height, width = loaded.card.input_size
+            return channels, height, width
+        config = getattr(loaded.model, "pretrained_cfg", None) or {}
+        if config.get("input_size"):
+            channels, height, width = config["input_size"]
+            return channels, height, width
+    return None
+
+
+def plan_for(
+    teacher: Loaded,
+    student: Loaded,
+    example: Tensor,
+    *,
+    plan: Path | None,
+    blocks: Any = "auto",
+    pairs: list[tuple[str, str]] | None = None,
+) -> Plan:
+    """The saved plan, checked against these models, or a new one."""
+    if plan is None:
+        names = (teacher.name, student.name)
+        return partition(
+            teacher.model, student.model, example, blocks=blocks, pairs=pairs, names=names
+        )
+    return read_plan(
+        plan,
+        trace(teacher.model, example, name=teacher.name),
+        trace(student.model, example, name=student.name),
+    )
+
+
+def warn_if_larger(plan: Plan) -> None:
+    teacher, student = plan.teacher.cost, plan.student.cost
+    if student.multiply_adds > teacher.multiply_adds or student.parameters > teacher.parameters:
+        warn(
+            f"{plan.student.trace.name} is larger than {plan.teacher.trace.name}: "
+            f"{student.parameters:,} parameters against {teacher.parameters:,}. "
+            "Did you swap the two?"
+        )
+
+
+def load_data(config: RunConfig, teacher: ModelCard) -> Split:
+    """The data of a run, normalised as the teacher was trained where its file says how.
+
+    An automatic split does not depend on the run's seed: whoever trains a teacher with one seed
+    and a student with another holds out the same images.
+    """
+    wishes = config.data
+    split = data.load(
+        config.data_dir,
+        val_split=wishes.val_split,
+        input_size=wishes.input_size or teacher.input_size,  # pyright: ignore[reportArgumentType]
+        max_bad_images=wishes.max_bad_images,
+        mean=wishes.mean or teacher.mean,
+        std=wishes.std or teacher.std,
+    )
+    for note in split.notes:
+        say(note)
+    for bad in split.bad:
+        warn(f"left out {bad.path}: {bad.reason}")
+    return split
+
+
+def check_classes(model: Loaded, num_classes: int, split: Split) -> None:
+    if num_classes != split.train.num_classes:
+        raise UsageError(
+            f"{model.name} has {num_classes} classes, {split.train.name} has "
+            f"{split.train.num_classes}.",
+            where=f"{model.source} and --data-dir",
+            fix="use the data the model was made for, or a model with as many outputs",
+        )
+    names = model.card.class_names
+    if names and tuple(names) != tuple(split.train.class_names):
+        raise UsageError(
+            f"{model.name} and {split.train.name} name their classes differently.",
+            model=", ".join(names[:5]) + (" …" if len(names) > 5 else ""),
+            data=", ".join(split.train.class_names[:5]) + (" …" if len(names) > 5 else ""),
+            fix="rename the class folders to match the model's",
+        )
+
+
+def batches(config: RunConfig, split: Split) -> tuple[Batches, Batches]:
+    """Training batches, shuffled and augmented, and validation batches, neither."""
+    augment = config.data.augment
+    if augment == "auto":
+        augment = split.train.default_augment
+    train = Batches(split.train, config.batch_size, shuffle=True, seed=config.seed, augment=augment)
+    return train, Batches(split.val, 256, shuffle=False, seed=config.seed)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(f"there is no CUDA device for --device {name}.", fix="--device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ResourceError(f"there is no MPS device for --device {name}.", fix="--device cpu")
+    return device
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ResourceError(
+            f"{path} cannot be written: {error.strerror or error}.",
+            fix="name a file in a folder that exists and that you may write to",
+        ) from error

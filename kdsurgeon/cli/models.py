@@ -1,0 +1,112 @@
+"""Verbs about models: inspect, partition, convert, verify, plugins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdsurgeon.cli import flags
+from kdsurgeon.cli.console import out, say
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="a model file or SOURCE/NAME")],
+    arch: flags.Arch = None,
+    trust_code: flags.TrustCode = None,
+    data_dir: flags.DataDir = None,
+    input_size: flags.InputSize = None,
+) -> None:
+    """Show the cut points of a model, their shapes and costs, and how it was captured."""
+    from kdsurgeon.checkpoints import load_model
+    from kdsurgeon.cli.inputs import example_for
+    from kdsurgeon.tracing import trace
+    from kdsurgeon.views import cut_points_table
+
+    size = flags.parse_size(input_size)
+    loaded = load_model(model, arch=arch, trust=trust_code or (), flag="--arch")
+    example = example_for([loaded], size, data_dir)
+    out.print(cut_points_table(trace(loaded.model, example, name=loaded.name)))
+
+
+def partition(
+    teacher: Annotated[str, typer.Argument(help="a model file or SOURCE/NAME")],
+    student: Annotated[str, typer.Argument(help="a model file or SOURCE/NAME")],
+    teacher_arch: flags.TeacherArch = None,
+    student_arch: flags.StudentArch = None,
+    trust_code: flags.TrustCode = None,
+    data_dir: flags.DataDir = None,
+    input_size: flags.InputSize = None,
+    blocks: flags.Blocks = None,
+    pair: flags.Pairs = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="check and show this plan instead of searching")
+    ] = None,
+    output: flags.OutputFile = None,
+    svg: Annotated[Path | None, typer.Option("--svg", help="draw both graphs side by side")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="the same as a page")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="why each boundary, and the runner-up")
+    ] = False,
+) -> None:
+    """Align a teacher and a student: blocks, adapters, a forecast of what training costs."""
+    size, pairs = flags.parse_size(input_size), flags.parse_pairs(pair)
+    count = flags.parse_blocks(blocks)
+    from kdsurgeon.cli.inputs import example_for, load_pair, plan_for, warn_if_larger, write_text
+    from kdsurgeon.stones import certify, forecast
+    from kdsurgeon.views import draw_plan, explain_table, plan_page, plan_table
+
+    pair_of_models = load_pair(teacher, student, teacher_arch, student_arch, trust_code or ())
+    example = example_for(pair_of_models, size, data_dir)
+    found = plan_for(*pair_of_models, example, plan=plan, blocks=count, pairs=pairs)
+    warn_if_larger(found)
+    cost, proof = forecast(found), certify(found)
+    out.print(plan_table(found, cost, proof))
+    if explain:
+        out.print(explain_table(found))
+    if output:
+        write_text(output, found.to_yaml())
+        say(f"plan     {output}")
+    if svg:
+        write_text(svg, draw_plan(found, cost))
+        say(f"picture  {svg}")
+    if html:
+        write_text(html, plan_page(found, cost, proof))
+        say(f"page     {html}")
+
+
+def convert(
+    file: Annotated[Path, typer.Argument(help="a foreign checkpoint")],
+    output: Annotated[Path, typer.Argument(help="the .safetensors file to write")],
+    drop_extra: Annotated[
+        bool, typer.Option("--drop-extra", help="leave out whatever is not a tensor")
+    ] = False,
+) -> None:
+    """Take the tensors out of a foreign checkpoint, running nothing in it."""
+    from kdsurgeon.checkpoints import convert as convert_file
+
+    done = convert_file(file, output, drop_extra=drop_extra)
+    say(str(done))
+
+
+def verify(folder: Annotated[Path, typer.Argument(help="a folder with a MANIFEST.json")]) -> None:
+    """Compare every file of a folder with the size and sha256 in its manifest."""
+    from kdsurgeon.runs import verify as verify_folder
+
+    say(f"{folder}: {verify_folder(folder)} files are what was written")
+
+
+def plugins() -> None:
+    """List what is installed, without importing any of it."""
+    from rich.table import Table
+
+    from kdsurgeon.plugins import KINDS, installed
+
+    table = Table("kind", "name", "from", "distribution", box=None, pad_edge=False)
+    for kind in KINDS:
+        for plugin in installed(kind).values():
+            table.add_row(
+                kind, plugin.name, plugin.target, f"{plugin.distribution} {plugin.version}"
+            )
+    out.print(table)

@@ -1,0 +1,185 @@
+"""Verbs about runs: distill, eval, runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdsurgeon.cli import flags
+from kdsurgeon.cli.console import out, say
+
+_KEYS = {
+    "data_dir": "data_dir", "teacher_arch": "teacher_arch", "student_arch": "student_arch",
+    "output": "output", "plan": "plan", "method": "method", "epochs": "epochs",
+    "batch_size": "batch_size", "seed": "seed", "device": "device", "threads": "threads",
+    "amp": "amp", "amp_dtype": "amp_dtype",
+    "lr": "optim.lr", "opt": "optim.opt", "sched": "optim.sched", "momentum": "optim.momentum",
+    "weight_decay": "optim.weight_decay", "warmup_epochs": "optim.warmup_epochs",
+    "min_lr": "optim.min_lr", "clip_grad": "optim.clip_grad",
+    "grad_accum_steps": "optim.grad_accum_steps", "decay_rate": "optim.decay_rate",
+    "temperature": "loss.temperature", "kd_weight": "loss.kd_weight",
+    "ce_weight": "loss.ce_weight", "cross_weight": "loss.cross_weight",
+    "cross_start": "loss.cross_start", "distance": "loss.distance",
+    "smoothing": "loss.label_smoothing",
+    "augment": "data.augment", "val_split": "data.val_split",
+    "max_bad_images": "data.max_bad_images",
+}  # fmt: skip
+
+
+def distill(
+    context: typer.Context,
+    teacher: Annotated[str | None, typer.Argument(help="a model file or SOURCE/NAME")] = None,
+    student: Annotated[str | None, typer.Argument(help="a model file or SOURCE/NAME")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="a run as YAML")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any key of the recipe")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="go on with the run in this folder")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print plan, formula and forecast, and stop")
+    ] = False,
+    data_dir: flags.DataDir = None,
+    teacher_arch: flags.TeacherArch = None,
+    student_arch: flags.StudentArch = None,
+    trust_code: flags.TrustCode = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="the run folder")] = None,
+    plan: Annotated[str | None, typer.Option(help="a plan.yaml to follow")] = None,
+    blocks: flags.Blocks = None,
+    stones: Annotated[
+        str | None, typer.Option(metavar="all|last-K|drop-first|1,3", help="stones to train")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="block-kd, kd or ce")] = None,
+    epochs: Annotated[int | None, typer.Option()] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", "-b")] = None,
+    lr: Annotated[float | None, typer.Option(help="peak learning rate")] = None,
+    opt: Annotated[str | None, typer.Option(help="adamw or sgd")] = None,
+    sched: Annotated[str | None, typer.Option(help="cosine, step or constant")] = None,
+    warmup_epochs: Annotated[float | None, typer.Option()] = None,
+    min_lr: Annotated[float | None, typer.Option()] = None,
+    decay_rate: Annotated[float | None, typer.Option(help="of --sched step")] = None,
+    momentum: Annotated[float | None, typer.Option(help="of --opt sgd")] = None,
+    weight_decay: Annotated[float | None, typer.Option()] = None,
+    clip_grad: Annotated[float | None, typer.Option(help="largest gradient norm")] = None,
+    grad_accum_steps: Annotated[int | None, typer.Option()] = None,
+    temperature: Annotated[float | None, typer.Option(help="τ of the logit distance")] = None,
+    ce_weight: Annotated[float | None, typer.Option(help="α, of the labels")] = None,
+    kd_weight: Annotated[float | None, typer.Option(help="β, of the teacher")] = None,
+    cross_weight: Annotated[float | None, typer.Option(help="γ, of the stones' ensemble")] = None,
+    cross_start: Annotated[float | None, typer.Option(help="share of the run before γ")] = None,
+    distance: Annotated[str | None, typer.Option(help="kl, dkd, dist or a plugin's")] = None,
+    smoothing: Annotated[float | None, typer.Option(help="label smoothing")] = None,
+    augment: Annotated[str | None, typer.Option(help="auto, none, shift, shift-flip")] = None,
+    val_split: Annotated[float | None, typer.Option(help="held out, without a split")] = None,
+    max_bad_images: Annotated[int | None, typer.Option(help="unreadable images to allow")] = None,
+    mean: Annotated[str | None, typer.Option(help="per channel, of images in 0..1")] = None,
+    std: Annotated[str | None, typer.Option(help="per channel, of images in 0..1")] = None,
+    input_size: flags.InputSize = None,
+    amp: Annotated[bool | None, typer.Option("--amp/--no-amp", help="mixed precision")] = None,
+    amp_dtype: Annotated[str | None, typer.Option(help="bfloat16")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = None,
+    threads: flags.Threads = None,
+) -> None:
+    """Train a student with the help of a teacher; everything goes to a run folder."""
+    from kdsurgeon.errors import UsageError
+    from kdsurgeon.recipe import parse_set, read_config
+
+    given = {name: value for name, value in context.params.items() if value not in (None, [], ())}
+    if resume is not None:
+        extra = sorted(set(given) - {"resume", "dry_run", "trust_code", "amp"})
+        if extra:
+            raise UsageError(
+                f"--resume goes on with the settings of the run; it does not take "
+                f"{', '.join(name.replace('_', '-') for name in extra)}.",
+                fix="start a new run with another --output to change settings",
+            )
+        from kdsurgeon.cli.session import resume_session
+
+        return resume_session(resume, trust_code or ())
+    overrides: dict[str, Any] = {_KEYS[name]: given[name] for name in given if name in _KEYS}
+    spelled = {_KEYS[name]: _spelling(name, given[name]) for name in given if name in _KEYS}
+    for name, text in (("teacher", teacher), ("student", student)):
+        if text is not None:
+            overrides[name], spelled[name] = text, name.upper()
+    for name, value in _parsed(blocks, stones, mean, std, input_size).items():
+        overrides[name], spelled[name] = value, f"--{name.rpartition('.')[2].replace('_', '-')}"
+    for text in set_ or []:
+        key, value = parse_set(text)
+        overrides[key], spelled[key] = value, f"--set {text}"
+    settings = read_config(config, overrides, spelled=spelled)
+    from kdsurgeon.cli.session import start_session
+
+    return start_session(settings, trust_code or (), dry_run=dry_run)
+
+
+def _spelling(name: str, value: Any) -> str:
+    flag = "--" + name.replace("_", "-")
+    return flag if isinstance(value, bool) else f"{flag} {value}"
+
+
+def _parsed(
+    blocks: str | None,
+    stones: str | None,
+    mean: str | None,
+    std: str | None,
+    input_size: str | None,
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if blocks is not None:
+        found["blocks"] = flags.parse_blocks(blocks)
+    if stones is not None:
+        depths = stones.split(",")
+        is_list = all(depth.strip().isdigit() for depth in depths)
+        found["loss.stones"] = [int(depth) for depth in depths] if is_list else stones
+    if mean is not None:
+        found["data.mean"] = list(flags.parse_numbers(mean, "--mean") or ())
+    if std is not None:
+        found["data.std"] = list(flags.parse_numbers(std, "--std") or ())
+    if input_size is not None:
+        found["data.input_size"] = list(flags.parse_size(input_size) or ())
+    return found
+
+
+def evaluate(
+    target: Annotated[str, typer.Argument(help="a run folder, a model file or SOURCE/NAME")],
+    data_dir: flags.DataDir = None,
+    arch: flags.Arch = None,
+    trust_code: flags.TrustCode = None,
+    input_size: flags.InputSize = None,
+) -> None:
+    """Measure accuracy: of a run's student, teacher and every stone, or of one model."""
+    size = flags.parse_size(input_size)
+    from kdsurgeon.cli.session import evaluate_model, evaluate_run
+
+    if (Path(target) / "config.yaml").is_file():
+        evaluate_run(Path(target), trust_code or ())
+    else:
+        evaluate_model(target, arch, trust_code or (), data_dir, size)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="a folder of run folders")] = Path("runs"),
+) -> None:
+    """Past runs in one table."""
+    from rich.table import Table
+
+    from kdsurgeon.errors import UsageError
+    from kdsurgeon.recipe import read_config
+    from kdsurgeon.runs import read_metrics
+
+    found = sorted(path.parent for path in folder.glob("*/config.yaml"))
+    if not found:
+        raise UsageError(f"{folder} holds no run folders.", fix="name the folder of your runs")
+    table = Table("run", "method", "epochs", "best", "last", "teacher", "student", box=None)
+    for path in found:
+        settings, lines = read_config(path / "config.yaml"), read_metrics(path)
+        scores = [line["accuracy"] for line in lines if line["accuracy"] is not None]
+        best, last = (f"{max(scores):.2%}", f"{scores[-1]:.2%}") if scores else ("–", "–")
+        done = f"{len(lines)}/{settings.epochs}"
+        table.add_row(
+            path.name, settings.method, done, best, last, settings.teacher, settings.student
+        )
+    out.print(table)
+    say(f"{len(found)} runs; accuracy on held-out data")

@@ -1,0 +1,364 @@
+"""A distillation as the command line runs it: announce, train with a display, keep, report."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kdsurgeon import __version__
+from kdsurgeon.checkpoints import Loaded, ModelCard, load_model
+from kdsurgeon.cli import inputs
+from kdsurgeon.cli.console import out, say, warn
+from kdsurgeon.data import Batches, Split
+from kdsurgeon.distillation import Distillation, chosen_depths, formula, prepare
+from kdsurgeon.errors import Interrupted, UsageError
+from kdsurgeon.evaluation import Report, accuracy, evaluate
+from kdsurgeon.recipe import RunConfig, read_config, write_yaml
+from kdsurgeon.runs import Run, environment
+from kdsurgeon.stones import Plan, SteppingStones, certify, forecast
+from kdsurgeon.training import Epoch, Step
+from kdsurgeon.views import accuracy_table, draw_plan, plan_table, run_report
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything that a run's settings name, loaded and checked against each other."""
+
+    settings: RunConfig
+    teacher: Loaded
+    student: Loaded
+    split: Split
+    train: Batches
+    validation: Batches
+    plan: Plan
+
+    @property
+    def card(self) -> ModelCard:
+        """What the student's files will say of it."""
+        data = self.split.train
+        return ModelCard(
+            arch=self.student.card.arch,
+            input_size=data.input_size,
+            num_classes=data.num_classes,
+            class_names=tuple(data.class_names),
+            mean=tuple(data.mean),
+            std=tuple(data.std),
+            provenance={
+                "kdsurgeon": __version__,
+                "teacher": self.teacher.sha256 or self.teacher.source,
+                "plan": self.plan.hash,
+                "recipe": self.settings.hash(),
+                "data": self.split.fingerprint,
+            },
+        )
+
+    def prepare(self) -> Distillation:
+        """Ready for its first step; the teacher measured."""
+        return prepare(
+            self.teacher.model,
+            self.student.model,
+            self.train,
+            plan=self.plan,
+            recipe=self.settings,
+            validation=self.validation,
+        )
+
+
+def open_session(settings: RunConfig, trust: Sequence[str], plan: Path | None) -> Session:
+    """Load both models and the data, and plan; raises when anything does not fit."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    device = inputs.pick_device(settings.device)
+    teacher = load_model(
+        settings.teacher, arch=settings.teacher_arch, trust=trust, flag="--teacher-arch"
+    )
+    split = inputs.load_data(settings, teacher.card)
+    student = load_model(
+        settings.student,
+        arch=settings.student_arch,
+        trust=trust,
+        flag="--student-arch",
+        num_classes=split.train.num_classes,
+    )
+    teacher.model.to(device)
+    student.model.to(device)
+    example = torch.zeros((2, *split.train.input_size), device=device)
+    blocks = settings.blocks if settings.method == "block-kd" else 0  # the others need no cut
+    found = inputs.plan_for(teacher, student, example, plan=plan, blocks=blocks)
+    inputs.check_classes(teacher, found.teacher.trace.num_classes, split)
+    train, validation = inputs.batches(settings, split)
+    return Session(settings, teacher, student, split, train, validation, found)
+
+
+def start_session(settings: RunConfig, trust: Sequence[str], *, dry_run: bool) -> None:
+    """A new run from its settings."""
+    session = open_session(settings, trust, Path(settings.plan) if settings.plan else None)
+    ready = announce(session)
+    if dry_run:
+        _rehearse(ready)
+        return
+    folder = Path(settings.output) if settings.output else _fresh_folder(session)
+    with Run.create(folder) as run:
+        run.write("plan.yaml", session.plan.to_yaml())
+        run.write("run.json", json.dumps(_record(session, ready), indent=1))
+        run.write("config.yaml", write_yaml(settings.dump()))
+        _train(session, ready, run)
+
+
+def resume_session(folder: Path, trust: Sequence[str]) -> None:
+    """Go on with the run in ``folder``, from its newest whole checkpoint."""
+    with Run.resume(folder) as run:
+        session = open_session(
+            read_config(folder / "config.yaml"), trust, plan=folder / "plan.yaml"
+        )
+        recorded = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        _check_same_files(session, recorded)
+        ready = announce(session)
+        _train(session, ready, run)
+
+
+def announce(session: Session) -> Distillation:
+    """Print sizes, plan, formula and forecast, and the teacher's measured accuracy."""
+    settings, plan = session.settings, session.plan
+    inputs.warn_if_larger(plan)
+    ready = session.prepare()
+    train, val = session.split.train, session.split.val
+    say(
+        f"data     {settings.data_dir}: {len(train):,} training and {len(val):,} validation images, "
+        f"{train.num_classes} classes"
+    )
+    say(f"teacher  {session.teacher.source}: accuracy {ready.teacher_accuracy:.2%}")
+    if plan.stones:
+        out.print(plan_table(plan, forecast(plan, chosen_depths(plan, settings)), certify(plan)))
+    say(formula(plan, settings))
+    say()
+    return ready
+
+
+def _rehearse(ready: Distillation) -> None:
+    """Three steps with everything but the update, for a forecast of the time."""
+    device = next(ready.model.parameters()).device
+    steps = list(islice(iter(ready.batches), 4))
+    began = 0.0
+    for index, (images, target) in enumerate(steps):
+        if index == 1 or len(steps) == 1:
+            began = time.monotonic()
+        ready.loss(ready.model(images.to(device)), target.to(device), 1.0).total.backward()
+        ready.model.zero_grad()
+    each = (time.monotonic() - began) / max(1, len(steps) - 1)
+    count = ready.recipe.epochs * len(ready.batches)  # pyright: ignore[reportArgumentType]
+    say(
+        f"forecast {count:,} steps of {1000 * each:.0f} ms: about {_duration(count * each)}, "
+        "evaluation not counted"
+    )
+    say("dry run: nothing was written")
+
+
+def _train(session: Session, ready: Distillation, run: Run) -> None:
+    settings = session.settings
+    with _interruptible() as interrupt, _display(settings) as display:
+        for epoch in ready.epochs(
+            run=run, card=session.card, stop=lambda: bool(interrupt.signal), watch=display.step
+        ):
+            display.epoch(epoch)
+    if interrupt.signal and len(run.metrics()) < settings.epochs:
+        name = signal.Signals(interrupt.signal).name
+        raise Interrupted(
+            f"interrupted ({name}): everything is saved in {run.path}.",
+            fix=f"go on: kdsurgeon distill --resume {run.path}",
+            exit_code=128 + interrupt.signal,
+        )
+    final = None
+    if isinstance(ready.model, SteppingStones):
+        final = evaluate(ready.model, session.validation)
+        out.print(accuracy_table(final))
+    run.write("report.html", _report(session, ready, run, final))
+    say(f"student  {run.path}/student/best.safetensors")
+    say(f"report   {run.path}/report.html")
+    say(f"next     kdsurgeon export {run.path} student.onnx --int8")
+
+
+def _report(session: Session, ready: Distillation, run: Run, final: Report | None) -> str:
+    depths = chosen_depths(session.plan, session.settings)
+    return run_report(
+        title=f"{session.teacher.name} → {session.student.name}, {session.settings.method}",
+        config=write_yaml(session.settings.dump()),
+        plan_svg=draw_plan(session.plan, forecast(session.plan, depths)),
+        epochs=run.metrics(),
+        final=final,
+        teacher_accuracy=ready.teacher_accuracy,
+        notes=session.split.notes,
+    )
+
+
+def evaluate_run(folder: Path, trust: Sequence[str]) -> None:
+    """Student, teacher and every stone of a run on its validation data."""
+    with Run.resume(folder) as run:
+        session = open_session(read_config(folder / "config.yaml"), trust, folder / "plan.yaml")
+        checkpoint, complaints = run.latest_checkpoint()
+        for complaint in complaints:
+            warn(complaint)
+        if checkpoint is None:
+            raise UsageError(f"{folder} has no checkpoint yet.", fix="let it train for an epoch")
+        ready = session.prepare()
+        ready.load(checkpoint)
+        if isinstance(ready.model, SteppingStones):
+            out.print(accuracy_table(evaluate(ready.model, session.validation)))
+        else:
+            say(f"student  accuracy {accuracy(ready.student, session.validation):.2%}")
+
+
+def evaluate_model(
+    source: str, arch: str | None, trust: Sequence[str], data_dir: str | None, size: Any
+) -> None:
+    """One model on the validation part of a data set."""
+    loaded = load_model(source, arch=arch, trust=trust, flag="--arch")
+    if data_dir is None:
+        raise UsageError("there is nothing to measure on.", fix="--data-dir FOLDER, or digits")
+    settings = RunConfig(
+        teacher=source, student=source, data_dir=data_dir, data={"input_size": size}
+    )
+    split = inputs.load_data(settings, loaded.card)
+    plan_example = torch.zeros((2, *split.train.input_size))
+    with torch.inference_mode():
+        classes = loaded.model(plan_example).shape[-1]
+    inputs.check_classes(loaded, classes, split)
+    _, validation = inputs.batches(settings, split)
+    found = accuracy(loaded.model, validation)
+    say(f"{source}: accuracy {found:.2%} on {len(split.val):,} images of {split.val.name}")
+
+
+# ── what a session leaves and shows ──────────────────────────────────────────────────────────────
+
+
+def _fresh_folder(session: Session) -> Path:
+    stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
+    return Path("runs") / f"{stamp}-{session.student.name}-{session.settings.method}"
+
+
+def _record(session: Session, ready: Distillation) -> dict[str, Any]:
+    return {
+        **environment(["kdsurgeon", *sys.argv[1:]]),
+        "teacher": {"source": session.teacher.source, "sha256": session.teacher.sha256},
+        "student": {"source": session.student.source, "sha256": session.student.sha256},
+        "teacher_accuracy": ready.teacher_accuracy,
+        "data": session.split.fingerprint,
+        "plan": session.plan.hash,
+        "recipe": session.settings.hash(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _check_same_files(session: Session, recorded: dict[str, Any]) -> None:
+    found = {
+        "teacher": session.teacher.sha256,
+        "student": session.student.sha256,
+        "data": session.split.fingerprint,
+        "threads": torch.get_num_threads(),
+    }
+    for name, value in found.items():
+        before = recorded[name]
+        before = before["sha256"] if isinstance(before, dict) else before
+        if before != value:
+            raise UsageError(
+                f"the {name} of this run changed since it began.",
+                before=str(before),
+                now=str(value),
+                fix="put it back as it was, or start a new run with another --output",
+            )
+
+
+class _Interrupt:
+    """The signal that asked for a stop, or 0. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+@contextmanager
+def _interruptible() -> Iterator[_Interrupt]:
+    interrupt = _Interrupt()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield interrupt
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+class _Display:
+    """A bar with the losses while an epoch runs, and a line for every epoch that ended."""
+
+    def __init__(self, settings: RunConfig, progress: Progress) -> None:
+        self.progress = progress
+        self.task = progress.add_task("", total=None, text="")
+        self.epochs = settings.epochs
+
+    def step(self, step: Step) -> None:
+        self.progress.update(
+            self.task,
+            total=self.epochs * step.batches,
+            completed=step.epoch * step.batches + step.batch,
+            description=f"epoch {step.epoch + 1}/{self.epochs}",
+            text=f"{_losses(step.losses)}  {step.samples_per_second:,.0f} img/s",
+        )
+
+    def epoch(self, epoch: Epoch) -> None:
+        score = "" if epoch.accuracy is None else f"  accuracy {epoch.accuracy:6.2%}"
+        width = len(str(epoch.epochs))
+        self.progress.console.print(
+            f"epoch {epoch.number:{width}}/{epoch.epochs}{score}  {_losses(epoch.losses)}"
+            f"  {epoch.samples_per_second:,.0f} img/s",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+@contextmanager
+def _display(settings: RunConfig) -> Iterator[_Display]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
+        yield _Display(settings, progress)
+
+
+def _losses(losses: dict[str, float]) -> str:
+    """``loss 9.03  ce 0.40|0.59 0.51  kd 1.63|2.55 1.47``: the student, then stone by stone."""
+    shown = [f"loss {losses['total']:.3f}"] if "total" in losses else []
+    for kind in ("ce", "kd", "cross"):
+        values = {name: value for name, value in losses.items() if name.startswith(f"{kind} ")}
+        student = values.pop(f"{kind} student", None)
+        if student is not None:
+            stones = " ".join(f"{value:.2f}" for value in values.values())
+            shown.append(f"{kind} {student:.2f}" + (f"|{stones}" if stones else ""))
+    return "  ".join(shown)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

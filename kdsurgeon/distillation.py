@@ -1,0 +1,270 @@
+"""The whole pipeline on one screen: plan, synthesize, train, evaluate, keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdsurgeon import plugins
+from kdsurgeon.checkpoints import ModelCard, save_model
+from kdsurgeon.errors import NumericsError, PlanError
+from kdsurgeon.evaluation import accuracy
+from kdsurgeon.losses import Losses, block_kd_loss, kl, task_loss
+from kdsurgeon.recipe import Recipe
+from kdsurgeon.runs import Checkpoint, Run
+from kdsurgeon.stones import Plan, SteppingStones, partition, synthesize
+from kdsurgeon.tracing import in_mode
+from kdsurgeon.training import Epoch, LossFunction, Step, TrainingState, start, train
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def distill(
+    teacher: nn.Module,
+    student: nn.Module,
+    batches: Batches,
+    *,
+    plan: Plan | None = None,
+    recipe: Recipe | None = None,
+    validation: Batches | None = None,
+) -> Iterator[Epoch]:
+    """Train ``student`` in place with the help of ``teacher``, yielding after every epoch.
+
+    Args:
+        teacher, student: classifiers of the same classes; the teacher is not changed.
+        batches: pairs of images (batch, channels, height, width) and class indices (batch,),
+            iterated anew each epoch.
+        plan: from :func:`partition`; made from the first batch when left out.
+        recipe: every number of the run; :class:`Recipe` with its defaults when left out.
+        validation: batches to measure accuracy on after every epoch.
+
+    Raises:
+        UsageError: models, plan and recipe do not fit together.
+        NumericsError: the teacher is near chance on ``validation``, or a step is not finite.
+    """
+    ready = prepare(
+        teacher, student, batches, plan=plan, recipe=recipe or Recipe(), validation=validation
+    )
+    return ready.epochs()
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A run with everything decided and checked, one call away from its first step."""
+
+    model: nn.Module
+    loss: LossFunction
+    plan: Plan | None
+    batches: Batches
+    recipe: Recipe
+    validation: Batches | None
+    teacher_accuracy: float | None
+
+    @property
+    def student(self) -> nn.Module:
+        return self.model.student if isinstance(self.model, SteppingStones) else self.model
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return self.model.depths if isinstance(self.model, SteppingStones) else ()
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Put a checkpoint's weights into student and adapters."""
+        self.student.load_state_dict(checkpoint.tensors["student"])
+        if isinstance(self.model, SteppingStones):
+            self.model.adapters.load_state_dict(checkpoint.tensors.get("adapters", {}))
+
+    def epochs(
+        self,
+        *,
+        run: Run | None = None,
+        card: ModelCard | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        watch: Callable[[Step], None] = lambda _: None,
+    ) -> Iterator[Epoch]:
+        """Train, evaluate and keep, epoch by epoch; goes on from the run's newest checkpoint."""
+        state = start(self.model, self.recipe)
+        if run is not None:
+            _resume(self, state, run)
+        for epoch in train(
+            self.model, self.loss, self.batches, self.recipe, state=state, stop=stop, watch=watch
+        ):
+            if self.validation is not None and epoch.is_complete:
+                epoch = replace(epoch, accuracy=accuracy(self.student, self.validation))
+            if run is not None:
+                _keep(self, state, epoch, run, card or ModelCard())
+            yield epoch
+
+
+def prepare(
+    teacher: nn.Module,
+    student: nn.Module,
+    batches: Batches,
+    *,
+    plan: Plan | None = None,
+    recipe: Recipe,
+    validation: Batches | None = None,
+) -> Distillation:
+    """Everything up to the first step of :func:`distill`; takes and raises the same."""
+    measured = None
+    if validation is not None:
+        measured = check_teacher(teacher, validation)
+    if recipe.method == "ce":
+        return _alone(student, batches, recipe, validation, measured)
+    if plan is None:
+        blocks = "auto" if recipe.method == "block-kd" else 0
+        plan = partition(teacher, student, next(iter(batches))[0][:2], blocks=blocks)
+    stones = synthesize(plan, depths=chosen_depths(plan, recipe), seed=recipe.seed)
+    loss = loss_function(plan, recipe, stones.depths)
+    return Distillation(stones, loss, plan, batches, recipe, validation, measured)
+
+
+def train_alone(
+    model: nn.Module, batches: Batches, recipe: Recipe, *, validation: Batches | None = None
+) -> Iterator[Epoch]:
+    """Train ``model`` in place on labels only: what a teacher and every comparison start from."""
+    return _alone(model, batches, recipe, validation, None).epochs()
+
+
+def _alone(
+    model: nn.Module,
+    batches: Batches,
+    recipe: Recipe,
+    validation: Batches | None,
+    teacher_accuracy: float | None,
+) -> Distillation:
+    def loss(logits: Tensor, target: Tensor, _: float) -> Losses:
+        return task_loss(logits, target, label_smoothing=recipe.loss.label_smoothing)
+
+    return Distillation(model, loss, None, batches, recipe, validation, teacher_accuracy)
+
+
+def check_teacher(teacher: nn.Module, validation: Batches) -> float:
+    """The teacher's accuracy.
+
+    Raises:
+        NumericsError: it is near chance, so there is nothing to learn from it.
+    """
+    measured = accuracy(teacher, validation)
+    images, _ = next(iter(validation))
+    with in_mode(teacher, training=False), torch.inference_mode():
+        classes = teacher(images[:2].to(next(teacher.parameters()).device)).shape[-1]
+    if measured < 1.5 / classes:
+        raise NumericsError(
+            f"the teacher's accuracy is {measured:.1%}, near chance ({1 / classes:.1%}).",
+            why="its weights are missing, its classes are in another order, or its images are "
+            "normalised differently",
+            fix="check the teacher file, the class names, and mean and std (--mean, --std)",
+        )
+    return measured
+
+
+def chosen_depths(plan: Plan, recipe: Recipe) -> tuple[int, ...]:
+    """The stones that a recipe asks for: ``all``, ``last-K``, ``drop-first`` or a list of depths.
+
+    Raises:
+        PlanError: a stone that the plan lacks.
+    """
+    known = [stone.depth for stone in plan.stones]
+    wanted = recipe.loss.stones
+    if recipe.method == "kd":
+        return ()
+    if wanted == "all":
+        return tuple(known)
+    if wanted == "drop-first":
+        return tuple(known[1:])
+    if isinstance(wanted, str):
+        count = int(wanted.removeprefix("last-"))
+        if count > len(known):
+            raise PlanError(
+                f"loss.stones is {wanted}, but the plan has {len(known)} stones.",
+                fix=f"last-{len(known)} or fewer, or plan more blocks with --blocks",
+            )
+        return tuple(known[-count:])
+    return tuple(wanted)
+
+
+def loss_function(plan: Plan, recipe: Recipe, depths: tuple[int, ...]) -> LossFunction:
+    """The recipe's objective for these stones, as a function of the progress of the run."""
+    distance = (
+        plugins.load("distances", recipe.loss.distance) if recipe.loss.distance != "kl" else kl
+    )
+    weights = [stone.weight for stone in plan.stones if stone.depth in depths]
+    numbers = recipe.loss
+
+    def loss(logits: Any, target: Tensor, progress: float) -> Losses:
+        warm = (
+            min(1.0, progress * recipe.epochs / numbers.stone_warmup)
+            if numbers.stone_warmup
+            else 1.0
+        )
+        return block_kd_loss(
+            logits,
+            target,
+            weights=[weight * warm for weight in weights],
+            ce_weight=numbers.ce_weight,
+            kd_weight=numbers.kd_weight,
+            cross_weight=numbers.cross_weight if progress >= numbers.cross_start else 0.0,
+            temperature=numbers.temperature,
+            label_smoothing=numbers.label_smoothing,
+            distance=distance,
+        )
+
+    return loss
+
+
+def formula(plan: Plan, recipe: Recipe) -> str:
+    """The objective with its numbers, as it is printed before a run."""
+    numbers, depths = recipe.loss, chosen_depths(plan, recipe)
+    if recipe.method == "ce":
+        return "L = CE(S, y)"
+    weights = {stone.depth: stone.weight for stone in plan.stones}
+    stones = [(depth, f"{weights[depth]:g}") for depth in depths]
+    name, tau = numbers.distance.upper(), f"{numbers.temperature:g}"
+    ce = " + ".join(["CE(S, y)", *(f"{w}·CE(N{i}, y)" for i, w in stones)])
+    kd = " + ".join([f"{name}(S, T)", *(f"{w}·{name}(N{i}, T)" for i, w in stones)])
+    lines = [f"L = {numbers.ce_weight:g}·[{ce}]", f"  + {numbers.kd_weight:g}·[{kd}]"]
+    if numbers.cross_weight and stones and numbers.cross_start < 1:
+        cross = " + ".join([f"{name}(S, E)", *(f"{name}(N{i}, E)" for i, _ in stones)])
+        begins = int(numbers.cross_start * recipe.epochs) + 1
+        lines.append(f"  + {numbers.cross_weight:g}·[{cross}] from epoch {begins}, E = mean of N")
+    lines.append(f"  τ = {tau}; S student, T teacher, N stepping stones")
+    return "\n".join(lines)
+
+
+def _resume(ready: Distillation, state: TrainingState, run: Run) -> None:
+    checkpoint, complaints = run.latest_checkpoint()
+    for complaint in complaints:
+        run.log(complaint)
+    if checkpoint is None:
+        return
+    ready.load(checkpoint)
+    state.restore(checkpoint.state["training"], checkpoint.tensors["optimizer"])
+    kept = [line for line in run.metrics() if line["epoch"] <= state.epoch]
+    run.write("metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in kept))
+    run.log(f"resumed from {checkpoint.path.name}")
+
+
+def _keep(
+    ready: Distillation, state: TrainingState, epoch: Epoch, run: Run, card: ModelCard
+) -> None:
+    """Metrics, the plain student, and a checkpoint to go on from."""
+    student = ready.student
+    best = max((line["accuracy"] or 0.0 for line in run.metrics()), default=-1.0)
+    if epoch.is_complete:
+        numbers = {"epoch": epoch.number, **asdict(epoch)}
+        run.add_metrics({k: v for k, v in numbers.items() if k not in ("number", "is_complete")})
+        run.log(f"epoch {epoch.number}/{epoch.epochs} loss {epoch.losses['total']:.4f}")
+    save_model(student, run.path / "student" / "last.safetensors", card)
+    if epoch.is_complete and (epoch.accuracy or 0.0) > best:
+        save_model(student, run.path / "student" / "best.safetensors", card)
+    tensors = {"student": student.state_dict(), "optimizer": state.tensors()}
+    if ready.depths:
+        assert isinstance(ready.model, SteppingStones)
+        tensors["adapters"] = ready.model.adapters.state_dict()
+    run.save_checkpoint(state.step, tensors, {"training": state.numbers()})

@@ -1,0 +1,83 @@
+"""Accuracy and agreement of student, teacher and every stone on held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kdsurgeon.errors import DataError
+from kdsurgeon.stones import SteppingStones
+from kdsurgeon.tracing import in_mode
+
+
+@dataclass(frozen=True)
+class Report:
+    """Shares between 0 and 1. ``agreement`` is how often a stone or the student gives the
+    teacher's answer; stones are keyed by depth."""
+
+    samples: int
+    student: float
+    teacher: float
+    stones: dict[int, float]
+    student_agreement: float
+    stone_agreement: dict[int, float]
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The share of samples whose largest logit is the right class; in evaluation mode.
+
+    >>> images, labels = torch.eye(4).reshape(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
+    >>> accuracy(nn.Flatten(), [(images, labels)])
+    0.75
+    """
+    right, seen = 0, 0
+    with in_mode(model, training=False):
+        for images, target in batches:
+            images, target = _to(model, images), _to(model, target)
+            right += int((model(images).argmax(-1) == target).sum())
+            seen += len(target)
+    if not seen:
+        raise DataError("there is no sample to measure accuracy on.")
+    return right / seen
+
+
+@torch.inference_mode()
+def evaluate(stones: SteppingStones, batches: Iterable[tuple[Tensor, Tensor]]) -> Report:
+    """Accuracy of student, teacher and each stone, from one pass of the training graph."""
+    right = torch.zeros(len(stones.depths) + 2)
+    agree = torch.zeros(len(stones.depths) + 1)
+    seen = 0
+    was_training = stones.training
+    stones.eval()
+    try:
+        for images, target in batches:
+            logits = stones(_to(stones, images))
+            learners = torch.cat([logits.student[None], logits.stones]).argmax(-1)
+            teacher = logits.teacher.argmax(-1)
+            answers = torch.cat([learners, teacher[None]])
+            right += (answers == _to(stones, target)).sum(-1).cpu()
+            agree += (learners == teacher).sum(-1).cpu()
+            seen += len(target)
+    finally:
+        stones.train(was_training)
+    if not seen:
+        raise DataError("there is no sample to measure accuracy on.")
+    student, *each, teacher_right = (right / seen).tolist()
+    student_agree, *each_agree = (agree / seen).tolist()
+    return Report(
+        samples=seen,
+        student=student,
+        teacher=teacher_right,
+        stones=dict(zip(stones.depths, each, strict=True)),
+        student_agreement=student_agree,
+        stone_agreement=dict(zip(stones.depths, each_agree, strict=True)),
+    )
+
+
+def _to(model: nn.Module, values: Tensor) -> Tensor:
+    parameter = next(model.parameters(), None)
+    return values if parameter is None else values.to(parameter.device)

@@ -1,0 +1,77 @@
+"""Let a foreign tool write a file: whole or not at all, and without a word on the console."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnxruntime
+
+from kdsurgeon.errors import ResourceError
+
+# Loggers with a level of their own; silencing the root logger does not reach them.
+_LOUD = (
+    "torch.__trace",
+    "torch.onnx",
+    "torch.export",
+    "torch._export",
+    "torch.fx",
+    "onnxscript",
+    "onnx_ir",
+)
+_ORT_WARNING, _ORT_ERROR, _ORT_FATAL = 2, 3, 4
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A place beside ``path`` to write to; the file takes its name only if the block ends well.
+
+    Whatever else the block leaves in that place is removed, also after an exception, and a file
+    that already had the final name is then still there, untouched. Raises :class:`ResourceError`
+    when the folder is missing, full or may not be written.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
+            part = Path(folder) / path.name
+            yield part
+            with part.open("r+b") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+    except OSError as error:
+        raise ResourceError(
+            f"{path} could not be written.",
+            why=error.strerror or str(error),
+            fix="name a file in a folder that exists, may be written and has room",
+        ) from error
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Warnings, log records and prints of the tools called inside go nowhere; all is put back."""
+    loggers = [logging.getLogger(name) for name in ("", *_LOUD)]
+    levels = [logger.level for logger in loggers]
+    # logging.warning() installs a handler for good on a root logger that has none.
+    shield = logging.NullHandler()
+    loggers[0].addHandler(shield)
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        onnxruntime.set_default_logger_severity(_ORT_FATAL)
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            with redirect_stderr(io.StringIO()):
+                yield
+    finally:
+        onnxruntime.set_default_logger_severity(_ORT_WARNING)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        loggers[0].removeHandler(shield)

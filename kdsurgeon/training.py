@@ -1,0 +1,272 @@
+"""Train a graph: batches and a loss in, one Epoch per iteration out.
+
+Knows no surgery and no files. A step that is not finite changes nothing and stops the run; a stop
+that was asked for takes effect after the step, so that what is saved can be resumed exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdsurgeon.errors import NumericsError
+from kdsurgeon.losses import Losses
+from kdsurgeon.recipe import OptimRecipe, Recipe
+
+LossFunction = Callable[[Any, Tensor, float], Losses]
+"""``loss(outputs, target, progress)``; progress runs from 0 to 1 over the whole run."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the batches came to.
+
+    ``losses`` are means over the steps by name; ``accuracy`` is the student's on held-out data and
+    is filled in by who has such data. An epoch that was stopped has ``is_complete`` False.
+    """
+
+    number: int
+    epochs: int
+    steps: int
+    samples: int
+    losses: dict[str, float]
+    learning_rate: float
+    seconds: float
+    is_complete: bool = True
+    accuracy: float | None = None
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.samples / max(self.seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a run stands after one step; handed to whoever watches."""
+
+    epoch: int
+    batch: int
+    batches: int
+    step: int
+    losses: dict[str, float]
+    samples_per_second: float
+
+
+@dataclass
+class TrainingState:
+    """Everything beside the weights that a run needs to go on exactly where it stopped."""
+
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    samples: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, Any]:
+        """The position as plain numbers."""
+        names = ("epoch", "batch", "step", "samples", "sums")
+        return {name: getattr(self, name) for name in names}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The optimiser's tensors and the random state, by name."""
+        state = self.optimizer.state_dict()["state"]
+        found = {
+            f"{index}.{name}": torch.as_tensor(value)
+            for index, values in state.items()
+            for name, value in values.items()
+            if value is not None
+        }
+        return found | {"rng": torch.get_rng_state()}
+
+    def restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go back to what :meth:`numbers` and :meth:`tensors` gave."""
+        for name, value in numbers.items():
+            setattr(self, name, value)
+        saved = self.optimizer.state_dict()
+        saved["state"] = {}
+        for key, tensor in tensors.items():
+            if key == "rng":
+                torch.set_rng_state(tensor)
+                continue
+            index, name = key.split(".", 1)
+            saved["state"].setdefault(int(index), {})[name] = tensor
+        self.optimizer.load_state_dict(saved)
+
+
+def start(model: nn.Module, recipe: Recipe) -> TrainingState:
+    """The state of a run that has not begun."""
+    return TrainingState(_optimizer(model, recipe.optim))
+
+
+def train(
+    model: nn.Module,
+    loss: LossFunction,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    recipe: Recipe,
+    *,
+    state: TrainingState | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[Step], None] = lambda _: None,
+) -> Iterator[Epoch]:
+    """Train ``model`` in place, yielding after every epoch.
+
+    Args:
+        model: maps images to what ``loss`` takes as outputs; all its parameters are trained.
+        batches: pairs of images (batch, channels, height, width) and class indices (batch,),
+            iterated anew each epoch; ``set_epoch(epoch)`` is called before, where it exists.
+        state: go on from here; begin at the beginning when left out.
+        stop: asked after every step; True ends the epoch there, incomplete.
+        watch: told about every step.
+
+    Raises:
+        NumericsError: loss or gradient is not finite; names the step; the step is not taken.
+    """
+    state = start(model, recipe) if state is None else state
+    device = next(model.parameters()).device
+    while state.epoch < recipe.epochs:
+        began = time.monotonic()
+        seen = state.samples
+        learning_rate = 0.0
+        count = len(batches)  # pyright: ignore[reportArgumentType]
+        model.train()
+        for images, target in _rest_of_epoch(batches, state):
+            progress = (state.epoch * count + state.batch) / (recipe.epochs * count)
+            learning_rate = _set_learning_rate(state.optimizer, recipe, progress)
+            losses = _losses(model, loss, images.to(device), target.to(device), recipe, progress)
+            ends_step = (state.batch + 1) % recipe.optim.grad_accum_steps == 0
+            _backward(model, losses, state, recipe, take=ends_step or state.batch + 1 == count)
+            _book(state, losses, len(images))
+            speed = (state.samples - seen) / max(time.monotonic() - began, 1e-9)
+            watch(Step(state.epoch, state.batch, count, state.step, _means(state), speed))
+            if stop() and state.batch < count:
+                yield _epoch(state, recipe, learning_rate, began, is_complete=False)
+                return
+        finished = _epoch(state, recipe, learning_rate, began, is_complete=True)
+        state.epoch, state.batch, state.samples, state.sums = state.epoch + 1, 0, 0, {}
+        yield finished
+        if stop():
+            return
+
+
+def _rest_of_epoch(
+    batches: Iterable[tuple[Tensor, Tensor]], state: TrainingState
+) -> Iterator[tuple[Tensor, Tensor]]:
+    if hasattr(batches, "set_epoch"):
+        batches.set_epoch(state.epoch)  # pyright: ignore[reportAttributeAccessIssue]
+    return islice(iter(batches), state.batch, None)
+
+
+def _losses(
+    model: nn.Module,
+    loss: LossFunction,
+    images: Tensor,
+    target: Tensor,
+    recipe: Recipe,
+    progress: float,
+) -> Losses:
+    if images.ndim == 4:  # convolutions run 1.3 times faster on this layout
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.amp):
+        return loss(model(images), target, progress)
+
+
+def _backward(
+    model: nn.Module, losses: Losses, state: TrainingState, recipe: Recipe, *, take: bool
+) -> None:
+    """Add this batch's gradient and, at the end of an accumulation, take the step."""
+    if not torch.isfinite(losses.total):
+        raise _not_finite("loss", losses.total.item(), state)
+    (losses.total / recipe.optim.grad_accum_steps).backward()
+    if not take:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not torch.isfinite(norm):
+        state.optimizer.zero_grad()
+        raise _not_finite("gradient", norm.item(), state)
+    if recipe.optim.clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), recipe.optim.clip_grad, norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+
+
+def _not_finite(what: str, value: float, state: TrainingState) -> NumericsError:
+    return NumericsError(
+        f"step {state.step + 1:,}: the {what} is {value} before the update; nothing was changed.",
+        where=f"epoch {state.epoch + 1}, batch {state.batch + 1}",
+        fix="lower --lr, raise --temperature, or add --clip-grad 1.0",
+    )
+
+
+def _book(state: TrainingState, losses: Losses, samples: int) -> None:
+    for name, value in {"total": losses.total.detach(), **losses.parts}.items():
+        state.sums[name] = state.sums.get(name, 0.0) + value.item()
+    state.batch += 1
+    state.samples += samples
+
+
+def _means(state: TrainingState) -> dict[str, float]:
+    return {name: value / state.batch for name, value in state.sums.items()}
+
+
+def _epoch(
+    state: TrainingState, recipe: Recipe, learning_rate: float, began: float, *, is_complete: bool
+) -> Epoch:
+    return Epoch(
+        number=state.epoch + 1,
+        epochs=recipe.epochs,
+        steps=state.batch,
+        samples=state.samples,
+        losses=_means(state),
+        learning_rate=learning_rate,
+        seconds=time.monotonic() - began,
+        is_complete=is_complete,
+    )
+
+
+def _optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.Optimizer:
+    """Weight decay on matrices and kernels only, as timm does: not on biases and norms."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if recipe.opt == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    return torch.optim.AdamW(groups, lr=recipe.lr)
+
+
+def learning_rate_at(recipe: Recipe, progress: float) -> float:
+    """The learning rate at a fraction of the run: linear warm-up, then the schedule.
+
+    >>> recipe = Recipe(epochs=10)
+    >>> learning_rate_at(recipe, 1.0) == recipe.optim.min_lr
+    True
+    """
+    optim = recipe.optim
+    warm = optim.warmup_epochs / recipe.epochs
+    if progress < warm:
+        return optim.lr * (progress + 1e-3) / warm
+    if optim.sched == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * (progress - warm) / max(1 - warm, 1e-9)))
+        return optim.min_lr + (optim.lr - optim.min_lr) * share
+    if optim.sched == "step":
+        return optim.lr * optim.decay_rate ** sum(progress >= at for at in optim.decay_at)
+    return optim.lr
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, progress: float) -> float:
+    rate = learning_rate_at(recipe, progress)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate

@@ -1,0 +1,1 @@
+"""Plugins that ship with kdsurgeon: one file each, over its public names only."""

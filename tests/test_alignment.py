@@ -1,0 +1,119 @@
+from itertools import combinations
+
+import pytest
+import torch
+
+from kdsurgeon.alignment import _candidates, _grid_of_costs, align
+from kdsurgeon.errors import AlignmentError, PlanError
+from kdsurgeon.tracing import trace
+from tests import models
+
+
+def pair(teacher, student, **kwargs):
+    first = trace(models.make(teacher[0], **teacher[1]), models.images(2), name="teacher")
+    second = trace(models.make(student[0], **student[1]), models.images(2), name="student")
+    return align(first, second, **kwargs)
+
+
+def names(alignment):
+    return [(b.teacher.name, b.student.name) for b in alignment.boundaries]
+
+
+def test_residual_stages_are_paired_end_to_end_as_the_literature_does_by_hand():
+    """resnet20 against resnet8: one boundary after each stage."""
+    found = pair(("residual", {"width": 16, "depth": 3}), ("residual", {"depth": 1}))
+    assert names(found) == [
+        ("layers.2.relu_1", "layers.0.relu_1"),
+        ("layers.5.relu_1", "layers.1.relu_1"),
+        ("layers.8.relu_1", "layers.2.relu_1"),
+    ]
+
+
+def test_a_chain_is_cut_after_activations_and_before_pools():
+    found = pair(("chain", {"width": 16}), ("chain", {}))
+    assert names(found) == [("2", "2"), ("6", "6"), ("10", "10")]
+
+
+@pytest.mark.parametrize("student", models.ALL)
+@pytest.mark.parametrize("teacher", models.ALL)
+def test_every_pair_is_aligned_with_rising_boundaries(teacher, student):
+    found = pair((teacher, {}), (student, {}))
+    for side in (found.teacher, found.student):
+        progress = [point.progress for point in side.cuts]
+        assert progress == sorted(set(progress))
+    assert len(found.boundaries) >= 1
+    assert all(b.teacher.kind == b.student.kind for b in found.boundaries)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5])
+def test_as_many_boundaries_as_asked_for(blocks):
+    teacher = ("residual", {"depth": 3})
+    assert len(pair(teacher, ("residual", {"depth": 2}), blocks=blocks).boundaries) == blocks
+
+
+def test_the_choice_is_the_best_of_all_chains():
+    """Against trying every chain of two boundaries."""
+    traces = [
+        trace(models.make(name, depth=3), models.images(2), name=name)
+        for name in ("residual", "residual")
+    ]
+    rows, columns = (_candidates(each) for each in traces)
+    costs = _grid_of_costs(rows, columns, *traces, 3)
+    last = (len(rows) - 1, len(columns) - 1)
+    chains = [
+        sum(sum(costs[pair].values()) for pair in (*chain, last))
+        for chain in combinations(sorted(costs), 2)
+        if chain[0][0] < chain[1][0] < last[0] and chain[0][1] < chain[1][1] < last[1]
+    ]
+    found = align(*traces, blocks=3)
+    assert sum(boundary.cost for boundary in found.boundaries) == pytest.approx(min(chains))
+    assert all(b.runner_up.extra_cost >= 0 for b in found.boundaries[:-1])
+
+
+def test_evidence_says_what_a_boundary_costs_by_term():
+    boundary = pair(("residual", {}), ("inverted", {})).boundaries[0]
+    assert set(boundary.evidence) == {
+        "resolution", "progress", "activation", "adapter", "stage end",
+    }  # fmt: skip
+    assert boundary.cost == pytest.approx(sum(boundary.evidence.values()))
+
+
+def test_hand_named_pairs_replace_the_search():
+    by_hand = [("layers.0.relu_1", "units.1.7")]
+    found = pair(("residual", {}), ("inverted", {}), pairs=by_hand)
+    assert names(found) == by_hand
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"blocks": 9}, AlignmentError, "--blocks 9 asks for 9"),
+        ({"pairs": [("layers.0.relu", "units.1.7")]}, PlanError, "cannot be cut at layers.0.relu"),
+        ({"pairs": [("layer.0.relu_1", "units.1.7")]}, PlanError, "no node layer.0.relu_1"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        pair(("residual", {}), ("inverted", {}), **kwargs)
+
+
+def test_models_of_unequal_classes_are_refused_with_both_numbers():
+    small = models.make("chain")
+    small[-1] = torch.nn.Linear(32, 7)
+    first = trace(models.make("chain"), models.images(2), name="big")
+    second = trace(small, models.images(2), name="small")
+    with pytest.raises(AlignmentError, match="big has 10 classes, small has 7"):
+        align(first, second)
+
+
+def test_models_without_a_common_kind_of_tensor_are_refused():
+    flat = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(768, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10)
+    )
+    first = trace(models.make("chain"), models.images(2), name="big")
+    second = trace(flat, models.images(2), name="flat")
+    with pytest.raises(
+        AlignmentError, match="no cut point of flat is of a kind that big"
+    ) as caught:
+        align(first, second)
+    assert "--method kd" in caught.value.notes["fix"]

@@ -1,0 +1,152 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from kdsurgeon.losses import Logits, block_kd_loss, kl, task_loss
+from kdsurgeon.losses.formulas import halving_weights
+
+
+def random_logits(stones: int = 3, batch: int = 5, classes: int = 7) -> Logits:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn((stones + 2, batch, classes), generator=generator, dtype=torch.float64)
+    values.requires_grad_()
+    return Logits(values[0], values[1:-1], values[-1], tuple(range(1, stones + 1)))
+
+
+TARGET = torch.tensor([0, 6, 3, 3, 1])
+
+
+def naive_kl(student, teacher, temperature):
+    wanted = torch.softmax(teacher / temperature, -1)
+    given = torch.softmax(student / temperature, -1)
+    return temperature**2 * (wanted * (wanted / given).log()).sum(-1).mean()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_kl_is_the_written_formula(temperature):
+    logits = random_logits()
+    ours = kl(logits.student, logits.teacher, TARGET, temperature)
+    assert ours.item() == pytest.approx(
+        naive_kl(logits.student, logits.teacher, temperature).item(), rel=1e-12
+    )
+
+
+def test_kl_sends_no_gradient_into_the_teacher():
+    teacher = torch.randn(4, 3, requires_grad=True)
+    student = torch.randn(4, 3, requires_grad=True)
+    kl(student, teacher, TARGET[:4], 4.0).backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+
+
+def test_the_whole_loss_is_the_sum_written_out_stone_by_stone():
+    logits = random_logits()
+    loss = block_kd_loss(
+        logits, TARGET, ce_weight=0.7, kd_weight=1.3, cross_weight=0.9, temperature=3.0
+    )
+    ensemble = logits.stones.mean(0).detach()
+    expected = 0.7 * functional.cross_entropy(logits.student, TARGET)
+    expected += 1.3 * naive_kl(logits.student, logits.teacher, 3.0)
+    expected += 0.9 * naive_kl(logits.student, ensemble, 3.0)
+    for weight, stone in zip((0.25, 0.5, 1.0), logits.stones, strict=True):
+        expected += 0.7 * weight * functional.cross_entropy(stone, TARGET)
+        expected += 1.3 * weight * naive_kl(stone, logits.teacher, 3.0)
+        expected += 0.9 * naive_kl(stone, ensemble, 3.0)
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_gradients_agree_with_finite_differences():
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn((3, 4, 5), generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn((4, 5), generator=generator, dtype=torch.float64)
+
+    def total(values):
+        logits = Logits(values[0], values[1:], teacher, (1, 2))
+        return block_kd_loss(logits, TARGET[:4] % 5, temperature=2.0).total
+
+    assert torch.autograd.gradcheck(total, (values,))
+
+
+def test_the_ensemble_is_a_target_and_receives_no_gradient():
+    logits = random_logits()
+    (with_cross,) = torch.autograd.grad(
+        block_kd_loss(logits, TARGET, ce_weight=0.0, kd_weight=0.0, cross_weight=1.0).total,
+        logits.stones,
+        retain_graph=True,
+    )
+    ensemble = logits.stones.mean(0).detach()
+    (expected,) = torch.autograd.grad(
+        sum(naive_kl(stone, ensemble, 4.0) for stone in logits.stones), logits.stones
+    )
+    torch.testing.assert_close(with_cross, expected)
+
+
+def test_every_component_is_reported_by_name_and_depth():
+    logits = random_logits(stones=2)
+    logits = Logits(logits.student, logits.stones, logits.teacher, (2, 4))
+    parts = block_kd_loss(logits, TARGET, cross_weight=1.0).parts
+    assert sorted(parts) == sorted(
+        f"{kind} {who}"
+        for kind in ("ce", "kd", "cross")
+        for who in ("student", "stone 2", "stone 4")
+    )
+    assert not any(value.requires_grad for value in parts.values())
+
+
+def test_without_stones_it_is_plain_distillation():
+    logits = random_logits(stones=0)
+    loss = block_kd_loss(logits, TARGET, cross_weight=1.0)
+    expected = functional.cross_entropy(logits.student, TARGET)
+    expected = expected + naive_kl(logits.student, logits.teacher, 4.0)
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert set(loss.parts) == {"ce student", "kd student"}
+
+
+def test_label_smoothing_reaches_student_and_stones_alike():
+    logits = random_logits(stones=1)
+    loss = block_kd_loss(logits, TARGET, kd_weight=0.0, label_smoothing=0.1)
+    expected = sum(
+        functional.cross_entropy(one, TARGET, label_smoothing=0.1)
+        for one in (logits.student, logits.stones[0])
+    )
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_stone_weights_halve_from_the_last_to_the_first():
+    assert halving_weights(4) == (0.125, 0.25, 0.5, 1.0)
+
+
+def test_wrong_numbers_of_weights_are_refused():
+    with pytest.raises(ValueError, match="2 weights for 3 stones"):
+        block_kd_loss(random_logits(), TARGET, weights=[1.0, 1.0])
+
+
+def test_logits_of_unequal_shapes_cannot_be_built():
+    with pytest.raises(AssertionError):
+        Logits(torch.zeros(2, 3), torch.zeros(1, 2, 4), torch.zeros(2, 3), (1,))
+
+
+def test_the_task_loss_of_a_model_alone_is_cross_entropy():
+    loss = task_loss(torch.zeros(3, 8), torch.tensor([0, 1, 2]))
+    assert loss.total.item() == pytest.approx(math.log(8))
+
+
+@pytest.mark.parametrize("stones", [1, 4, 12])
+def test_the_number_of_operations_does_not_depend_on_the_number_of_stones(stones):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Count.calls += not func.is_view
+            return func(*args, **(kwargs or {}))
+
+    logits = random_logits(stones=stones)
+    Count.calls = 0
+    with Count():
+        loss = block_kd_loss(logits, TARGET).total
+        torch.autograd.grad(loss, [logits.student, logits.stones])
+    assert Count.calls <= 44

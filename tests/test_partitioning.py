@@ -1,0 +1,109 @@
+import networkx as nx
+import pytest
+import torch
+
+from kdsurgeon.errors import PlanError
+from kdsurgeon.partitioning import cut, find_cut_points, fingerprint
+from kdsurgeon.stones import compose
+from kdsurgeon.tracing import trace
+from tests import models
+
+
+def captured(name, **kwargs):
+    return trace(models.make(name), models.images(2), **kwargs)
+
+
+@pytest.mark.parametrize("name", models.ALL)
+def test_the_sweep_finds_what_dominance_finds(name):
+    whole = captured(name)
+    graph = nx.DiGraph()
+    for node in whole.graph_module.graph.nodes:
+        graph.add_edges_from((other, node) for other in node.all_input_nodes)
+    start = next(iter(whole.graph_module.graph.nodes))
+    reachable = nx.descendants(graph, start) | {start}
+    dominators = nx.immediate_dominators(graph.subgraph(reachable), start)
+    node, expected = dominators[whole.logits], []
+    while node is not start:
+        if isinstance(node.meta["val"], torch.Tensor):
+            expected.append(node.meta["qualname"])
+        node = dominators[node]
+    found = [point.name for point in find_cut_points(whole)]
+    assert found == expected[::-1]
+
+
+def test_a_skip_connection_is_never_cut():
+    names = {point.name for point in find_cut_points(captured("residual"))}
+    assert "layers.1.conv1" not in names
+    assert "layers.1.add" in names
+
+
+@pytest.mark.parametrize("name", models.ALL)
+@pytest.mark.parametrize("training", [False, True])
+def test_blocks_recomposed_are_the_model(name, training):
+    """METHOD 4.5: outputs, gradients and buffers, in both modes."""
+    model, twin = models.make(name), models.make(name)
+    model.train(training), twin.train(training)
+    whole = trace(twin, models.images(2), training=training)
+    points = find_cut_points(whole)
+    rebuilt = compose(cut(whole, points))
+    outputs = [network(models.images(5)) for network in (model, rebuilt)]
+    assert torch.equal(*outputs)
+    for logits in outputs:
+        logits.square().mean().backward()
+    for own, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(own.grad, other.grad)
+    for own, other in zip(model.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_blocks_hold_every_node_once_and_all_of_the_cost():
+    whole = captured("residual")
+    points = find_cut_points(whole)
+    partition = cut(whole, points)
+    assert len(partition.blocks) == len(points) + 1
+    nodes = [node for block in partition.blocks for node in block.nodes]
+    assert len(nodes) == len(set(nodes)) == len(whole.graph_module.graph.nodes) - 2
+    assert partition.cost.parameters == sum(p.numel() for p in whole.model.parameters())
+
+
+def test_multiply_adds_are_those_counted_by_hand():
+    partition = cut(captured("chain"), ())
+    by_hand = 16 * 16 * 27 * 8 + 8 * 8 * 72 * 16 + 4 * 4 * 144 * 32 + 32 * 10
+    assert partition.cost.multiply_adds == by_hand
+
+
+@pytest.mark.parametrize(
+    ("names", "message", "note"),
+    [
+        (["layers.0.relu_2"], "has no node layers.0.relu_2", "did you mean"),
+        (["layers.1.conv1"], "cannot be cut at layers.1.conv1", "other tensors"),
+        (
+            ["layers.2.relu_1", "layers.0.relu_1"],
+            "boundaries of model cross",
+            "does not come after",
+        ),
+    ],
+)
+def test_a_wrong_cut_is_refused_by_name(names, message, note):
+    whole = captured("residual")
+    point = find_cut_points(whole)[0]
+    from dataclasses import replace
+
+    with pytest.raises(PlanError, match=message) as caught:
+        cut(whole, tuple(replace(point, name=name) for name in names))
+    assert note in str(caught.value)
+
+
+def test_the_fingerprint_depends_on_the_graph_and_not_on_weights_or_batch():
+    one = trace(models.make("residual", seed=0), models.images(2))
+    same = trace(models.make("residual", seed=1), models.images(3))
+    other = trace(models.make("residual", width=12), models.images(2))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+
+
+def test_a_cut_after_relu_is_known_to_be_rectified():
+    by_name = {point.name: point for point in find_cut_points(captured("residual"))}
+    assert by_name["layers.0.relu_1"].is_rectified
+    assert not by_name["layers.0.add"].is_rectified
+    linear = {point.name: point for point in find_cut_points(captured("inverted"))}
+    assert not linear["units.1.7"].is_rectified

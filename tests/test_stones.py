@@ -1,0 +1,374 @@
+"""Plans, the training graph, and what METHOD section 4 says must hold."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from kdsurgeon.adapters import AdapterSpec
+from kdsurgeon.errors import PlanError
+from kdsurgeon.losses import block_kd_loss
+from kdsurgeon.stones import Plan, certify, forecast, partition, plan_stones, read_plan, synthesize
+from kdsurgeon.tracing import trace
+from tests import models
+
+PAIRS = [
+    ("residual", "residual"),
+    ("residual", "inverted"),
+    ("chain", "chain"),
+    ("dense", "residual"),
+    ("residual", "dense"),
+    ("branching", "branching"),
+    ("inverted", "shuffle"),
+    ("shared", "shared"),
+]
+
+
+def planned(teacher="residual", student="inverted", *, dtype=torch.float32, **kwargs):
+    first = models.make(teacher, seed=1).to(dtype)
+    second = models.make(student, seed=2).to(dtype)
+    return partition(first, second, models.images(2, dtype=dtype), **kwargs)
+
+
+def with_identity_adapters(plan: Plan) -> Plan:
+    stones = tuple(
+        replace(stone, adapter=AdapterSpec("identity", s.adapter.source, s.adapter.target, False))
+        for stone, s in zip(plan.stones, plan.stones, strict=True)
+    )
+    return Plan(plan.alignment, stones)
+
+
+# METHOD 4 ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", models.ALL)
+def test_4_1_a_copy_of_the_teacher_with_identity_adapters_gives_the_teachers_logits(name):
+    teacher = models.make(name)
+    plan = with_identity_adapters(partition(teacher, copy.deepcopy(teacher), models.images(2)))
+    for merge, tolerance in ((False, 0.0), (True, 1e-6)):  # a larger batch may round otherwise
+        logits = synthesize(plan, merge=merge).eval()(models.images(5))
+        assert len(logits.stones) == len(plan.stones) > 0
+        for each in (logits.student, *logits.stones):
+            torch.testing.assert_close(each, logits.teacher, rtol=tolerance, atol=tolerance)
+    loss = block_kd_loss(logits, models.labels(5), ce_weight=0.0, cross_weight=1.0)
+    assert loss.total.item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_4_2_a_stone_reaches_the_student_up_to_its_boundary_and_no_further(teacher, student):
+    for stone in planned(teacher, student).stones:
+        plan = planned(teacher, student)
+        stones = synthesize(plan)
+        logits = stones(models.images(4))
+        logits.stones[stone.depth - 1].square().sum().backward()
+        owner = {}
+        for index, block in enumerate(plan.student.blocks):
+            for node in block.nodes:
+                if node.op == "call_module":
+                    module = plan.student.trace.model.get_submodule(node.target)
+                    for parameter in module.parameters():
+                        owner.setdefault(parameter, index)  # a shared one belongs where it begins
+        reached = {
+            index: any(p.grad is not None and p.grad.abs().sum() > 0 for p in own)
+            for index in range(len(plan.student.blocks))
+            if (own := [p for p, i in owner.items() if i == index])
+        }
+        assert reached == {index: index < stone.depth for index in reached}
+        for depth, adapter in stones.adapters.items():
+            reaches = any(p.grad is not None and p.grad.any() for p in adapter.parameters())
+            assert reaches == (int(depth) == stone.depth)
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_4_3_the_teacher_is_bit_identical_after_training_whatever_mode_the_caller_sets(
+    teacher, student
+):
+    plan = planned(teacher, student)
+    own = plan.teacher.trace.model
+    own.train()
+    before = copy.deepcopy(own.state_dict())
+    stones = synthesize(plan)
+    optimizer = torch.optim.SGD(stones.parameters(), lr=0.1)
+    for step in range(3):
+        stones.train(step != 1)
+        block_kd_loss(stones(models.images(6, seed=step)), models.labels(6)).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(value, before[key]) for key, value in own.state_dict().items())
+    assert all(parameter.grad is None for parameter in own.parameters())
+    assert all(parameter.requires_grad for parameter in own.parameters())
+    assert own.training
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_4_4_merged_and_looped_tails_agree_in_logits_and_gradients(teacher, student):
+    results = []
+    for merge in (True, False):
+        plan = planned(teacher, student, dtype=torch.float64)
+        stones = synthesize(plan, merge=merge)
+        stones.adapters.to(torch.float64)
+        logits = stones(models.images(5, dtype=torch.float64))
+        block_kd_loss(logits, models.labels(5), cross_weight=1.0).total.backward()
+        results.append((logits.stones, [p.grad for p in stones.parameters()]))
+    (merged, merged_grads), (looped, looped_grads) = results
+    torch.testing.assert_close(merged, looped, rtol=0, atol=1e-10)
+    for one, other in zip(merged_grads, looped_grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+# 4.5 (blocks recomposed are the model) stands in test_partitioning.py,
+# 4.6 (no stone weights is plain distillation) and 4.7 (the saved student) in test_distillation.py.
+
+
+# the training graph ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_student_runs_once_and_its_statistics_move_once():
+    plan = planned("residual", "residual")
+    student = plan.student.trace.model
+    stones = synthesize(plan)
+    stones(models.images(4))
+    counts = [
+        m.num_batches_tracked.item() for m in student.modules() if isinstance(m, nn.BatchNorm2d)
+    ]
+    assert counts == [1] * len(counts)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_students_logits_are_those_of_the_untouched_student(training):
+    plan = planned("residual", "residual")
+    untouched = models.make("residual", seed=2).train(training)
+    logits = synthesize(plan).train(training)(models.images(4))
+    assert torch.equal(logits.student, untouched(models.images(4)))
+
+
+def test_the_teachers_logits_are_those_of_the_untouched_teacher_in_eval_mode():
+    logits = synthesize(planned())(models.images(4))
+    assert torch.equal(logits.teacher, models.make("residual", seed=1).eval()(models.images(4)))
+    assert not logits.teacher.requires_grad
+
+
+def test_only_student_and_adapters_are_trained():
+    plan = planned()
+    stones = synthesize(plan)
+    names = {name.split(".")[0] for name, _ in stones.named_parameters()}
+    assert names == {"student", "adapters"}
+    assert stones.student is plan.student.trace.model
+
+
+def test_dropout_of_the_teacher_is_off_and_that_of_the_student_on():
+    teacher = models.make("residual", seed=1, dropout=0.5)
+    student = models.make("residual", seed=2, dropout=0.5)
+    stones = synthesize(partition(teacher, student, models.images(2)), seed=1)
+    first, second = stones(models.images(4)), stones(models.images(4))
+    assert torch.equal(first.teacher, second.teacher)
+    assert not torch.equal(first.student, second.student)
+
+
+def test_hooks_of_the_callers_teacher_do_not_fire_in_the_tails():
+    teacher = models.make("residual", seed=1)
+    calls = []
+    teacher.head.register_forward_hook(lambda *_: calls.append(1))
+    synthesize(partition(teacher, models.make("inverted"), models.images(2)))(models.images(4))
+    assert calls == []
+
+
+def test_double_precision_moves_student_adapters_and_teacher_but_not_the_callers_teacher():
+    plan = planned()
+    stones = synthesize(plan).double()
+    logits = stones(models.images(4, dtype=torch.float64))
+    assert logits.stones.dtype == logits.teacher.dtype == torch.float64
+    assert next(plan.teacher.trace.model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("depths", [(), (3,), (1, 3), (1, 2, 3)])
+def test_only_the_stones_asked_for_are_built(depths):
+    stones = synthesize(planned(), depths=depths)
+    logits = stones(models.images(4))
+    assert logits.depths == depths
+    assert logits.stones.shape == (len(depths), 4, models.CLASSES)
+    assert set(stones.adapters) == set(map(str, depths))
+
+
+def test_a_stone_does_not_depend_on_which_others_are_built():
+    alone = synthesize(planned(), depths=(2,)).eval()(models.images(4)).stones[0]
+    together = synthesize(planned()).eval()(models.images(4)).stones[1]
+    torch.testing.assert_close(alone, together)
+
+
+def test_a_stone_that_the_plan_lacks_is_refused():
+    with pytest.raises(PlanError, match="no stone of depth 7"):
+        synthesize(planned(), depths=(7,))
+
+
+def test_a_teacher_that_mixes_samples_is_looped_and_never_merged():
+    teacher = models.make("chain", seed=1)
+    for module in teacher.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = None
+    plan = partition(teacher, models.make("chain"), models.images(2))
+    with pytest.raises(PlanError, match="cannot be merged") as caught:
+        synthesize(plan, merge=True)
+    assert caught.value.notes["where"] == "1"
+    both = [synthesize(plan, merge=m).eval()(models.images(4)).stones for m in (None, False)]
+    assert torch.equal(*both)
+
+
+def test_two_syntheses_share_the_student_and_nothing_else():
+    plan = planned()
+    first, second = synthesize(plan, seed=0), synthesize(plan, seed=1)
+    assert first.student is second.student
+    assert not torch.equal(first.adapters["1"][0].weight, second.adapters["1"][0].weight)
+
+
+# forecast and certificate ────────────────────────────────────────────────────────────────────────
+
+
+def test_the_forecast_is_the_formula():
+    plan = planned("residual", "residual")
+    teacher, student = plan.teacher, plan.student
+    plain = teacher.cost.multiply_adds + 3 * student.cost.multiply_adds
+    assert forecast(plan, ()).with_stones == forecast(plan).distillation == plain
+    last = forecast(plan, (3,)).with_stones - plain
+    head = teacher.blocks[-1].cost.multiply_adds
+    adapter = 32 * 32 * 4 * 4
+    assert last == 2 * head + 3 * adapter
+
+
+def test_the_counted_multiply_adds_of_a_step_are_the_forecast():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    plan = planned("residual", "residual")
+    stones = synthesize(plan)
+    images = models.images(2)
+    with FlopCounterMode(display=False) as counter:
+        logits = stones(images)
+        (logits.student.sum() + logits.stones.sum()).backward()
+    first_layer = next(iter(plan.student.trace.model.stem))
+    without_input_gradient = 16 * 16 * first_layer.weight.numel()
+    counted = counter.get_total_flops() / 2 / len(images)
+    assert counted == forecast(plan).with_stones - without_input_gradient
+
+
+def test_a_right_surgery_is_certified_with_no_gap():
+    proof = certify(planned())
+    assert (proof.teacher_gap, proof.student_gap) == (0.0, 0.0)
+    assert proof.merged_gap < 1e-5
+
+
+class WritesThroughAView(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, 2, 1)
+        self.second = nn.Conv2d(4, 8, 3, 2, 1)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.first(x)
+        flat = x.flatten(2)
+        x = self.second(x)
+        flat.mul_(0.0)
+        return self.head(x.mean((2, 3)))
+
+
+def test_certifying_leaves_both_models_as_they_were():
+    plan = planned()
+    models_before = [
+        copy.deepcopy(w.trace.model.state_dict()) for w in (plan.teacher, plan.student)
+    ]
+    certify(plan)
+    for whole, before in zip((plan.teacher, plan.student), models_before, strict=True):
+        state = whole.trace.model.state_dict()
+        assert all(torch.equal(state[key], before[key]) for key in state)
+
+
+# plan.yaml ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def traces(plan):
+    return plan.teacher.trace, plan.student.trace
+
+
+def test_a_plan_is_written_and_read_back_as_the_same_bytes(tmp_path):
+    plan = planned()
+    plan.save(tmp_path / "plan.yaml")
+    again = read_plan(tmp_path / "plan.yaml", *traces(plan))
+    assert again.to_yaml() == plan.to_yaml()
+    assert again.hash == plan.hash
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.yaml"]
+
+
+def test_a_plan_edited_by_hand_is_followed(tmp_path):
+    plan = planned("residual", "residual")
+    text = plan.to_yaml().replace("weight: 0.25", "weight: 0.75")
+    path = tmp_path / "plan.yaml"
+    path.write_text(text.replace("teacher: layers.0.relu_1", "teacher: layers.0.add"))
+    edited = read_plan(path, *traces(plan))
+    assert edited.stones[0].weight == 0.75
+    assert edited.alignment.boundaries[0].teacher.name == "layers.0.add"
+    assert not edited.stones[0].adapter.is_rectified
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("teacher: layers.1.relu_1", "teacher: layers.1.relo_1", "no node layers.1.relo_1"),
+        ("teacher: layers.1.relu_1", "teacher: layers.1.conv1", "cannot be cut at layers.1.conv1"),
+        ("teacher: layers.0.relu_1", "teacher: layers.2.relu_1", "boundaries of .* cross"),
+        ("weight: 0.25", "weight: -1.0", "weight of boundary 1 is -1.0"),
+        ("weight: 0.25", "weight: .nan", "weight of boundary 1 is nan"),
+        ("weight: 0.25", "weight: yes", "weight of boundary 1 is 'yes'"),
+        ("adapter: conv", "adapter: convv", 'no adapter is called "convv"'),
+        ("adapter: conv", "adapter: upsample", "upsample cannot carry"),
+        ("plan: 1", "plan: 2", "version 2"),
+        ("boundaries:", "boundary:", "is not a plan"),
+        ("    weight: 0.25", "    wait: 0.25", "boundary 1 must name teacher and student"),
+    ],
+)
+def test_a_wrong_edit_is_refused_with_its_place(tmp_path, old, new, message):
+    plan = planned("residual", "residual")
+    assert old in plan.to_yaml()
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan.to_yaml().replace(old, new, 1))
+    with pytest.raises(PlanError, match=message) as caught:
+        read_plan(path, *traces(plan))
+    assert caught.value.exit_code == 2
+
+
+def test_a_plan_for_other_models_is_refused(tmp_path):
+    plan = planned("residual", "residual")
+    plan.save(tmp_path / "plan.yaml")
+    other = trace(models.make("chain"), models.images(2), name="other.pt")
+    with pytest.raises(PlanError, match=r"made for another student than other\.pt"):
+        read_plan(tmp_path / "plan.yaml", plan.teacher.trace, other)
+
+
+def test_planning_is_the_same_in_every_process(tmp_path):
+    import subprocess
+    import sys
+
+    script = (
+        "from tests import models; from kdsurgeon.stones import partition;"
+        "print(partition(models.make('residual'), models.make('inverted'), models.images(2)).hash)"
+    )
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(hashes) == 1
+
+
+def test_a_plan_without_boundaries_is_plain_distillation():
+    plan = planned(blocks=0)
+    assert plan.stones == ()
+    assert synthesize(plan)(models.images(3)).stones.shape == (0, 3, 10)
+    assert plan_stones(plan.alignment) == plan
