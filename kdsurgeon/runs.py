@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdsurgeon.checkpoints import read_tensors, write_tensors
+from kdsurgeon.checkpoints import read_tensors, write_tensors, write_whole
 from kdsurgeon.errors import ModelFileError, ResourceError, SurgeonError, UsageError
 
 KEPT_CHECKPOINTS = 2
@@ -110,14 +110,7 @@ class Run:
 
     def write(self, name: str, text: str) -> None:
         """A small file of the run folder, whole or not at all."""
-        target = self.path / name
-        temporary = target.with_name(f".tmp-{target.name}")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise _cannot_write(target, error) from error
+        write_whole(self.path / name, [text.encode()])
 
     def log(self, line: str) -> None:
         """One line of train.log, with the time."""
@@ -150,9 +143,8 @@ class Run:
             draft.mkdir()
             for name, values in tensors.items():
                 write_tensors(dict(values), draft / f"{name}.safetensors")
-            _write_flushed(draft / "state.json", json.dumps(state, indent=1))
-            _write_flushed(draft / MANIFEST, json.dumps(_manifest(draft), indent=1))
-            _flush_folder(draft)
+            write_whole(draft / "state.json", [json.dumps(state, indent=1).encode()])
+            write_whole(draft / MANIFEST, [json.dumps(_manifest(draft), indent=1).encode()])
             if final.exists():
                 shutil.rmtree(final)
             draft.rename(final)
@@ -236,13 +228,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
             for file in files
         },
     }
-
-
-def _write_flushed(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:

@@ -90,6 +90,7 @@ def trace(
     >>> captured.num_classes
     4
     """
+    _check_names(model, name)
     tracer = _ValueTracer(example)
     try:
         with in_mode(model, training=training), torch.no_grad():
@@ -285,6 +286,17 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
+
+
+def _check_names(model: nn.Module, name: str) -> None:
+    """torch.fx writes module names into generated source, so they must be plain text."""
+    for path, _ in [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]:
+        if not path.isprintable() or set(path) & set("\"'\\"):
+            raise TraceError(
+                f"{name} has a module with quotes or control characters in its name.",
+                where=repr(path),
+                fix="rename that module",
+            )
 
 
 @contextmanager

@@ -256,7 +256,7 @@ def learning_rate_at(recipe: Recipe, progress: float) -> float:
     optim = recipe.optim
     warm = optim.warmup_epochs / recipe.epochs
     if progress < warm:
-        return optim.lr * (progress + 1e-3) / warm
+        return optim.lr * max(progress / warm, 0.01)
     if optim.sched == "cosine":
         share = 0.5 * (1 + math.cos(math.pi * (progress - warm) / max(1 - warm, 1e-9)))
         return optim.min_lr + (optim.lr - optim.min_lr) * share

@@ -84,6 +84,7 @@ class CallsForeignCode(nn.Module):
         (ReturnsDict(), "does not return one tensor of logits", "keys logits, aux"),
         (ReturnsMap(), "does not return one tensor of logits", "shape 2×3×16×16"),
         (CallsForeignCode(), "cannot be captured as a graph", "test_tracing.py"),
+        (nn.ModuleDict({'a"]; print(1) #': nn.ReLU()}), "quotes or control characters", "print"),
         (nn.Conv2d(1, 4, 3), "does not accept an input of shape 3×16×16", "1 channels"),
     ],
 )

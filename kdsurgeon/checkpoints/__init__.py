@@ -6,6 +6,7 @@ is decided by its content; what would run code is refused unopened.
 
 from kdsurgeon.checkpoints.arrays import read_arrays
 from kdsurgeon.checkpoints.conversion import Conversion, convert
+from kdsurgeon.checkpoints.disk import write_whole
 from kdsurgeon.checkpoints.models import Loaded, is_file, load_model
 from kdsurgeon.checkpoints.reader import ModelFile, read_model
 from kdsurgeon.checkpoints.specs import build
@@ -25,4 +26,5 @@ __all__ = [
     "read_tensors",
     "save_model",
     "write_tensors",
+    "write_whole",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdsurgeon import data
-from kdsurgeon.checkpoints import Loaded, ModelCard, load_model
+from kdsurgeon.checkpoints import Loaded, ModelCard, load_model, write_whole
 from kdsurgeon.cli.console import say, warn
 from kdsurgeon.data import Batches, Split
 from kdsurgeon.errors import ResourceError, UsageError
@@ -162,13 +162,11 @@ def pick_device(name: str) -> torch.device:
 
 def write_text(path: Path, text: str) -> None:
     """A file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
     except OSError as error:
         raise ResourceError(
-            f"{path} cannot be written: {error.strerror or error}.",
-            fix="name a file in a folder that exists and that you may write to",
+            f"{path.parent} cannot be made: {error.strerror or error}.",
+            fix="name a file in a folder that you may write to",
         ) from error
+    write_whole(path, [text.encode()])

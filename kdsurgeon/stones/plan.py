@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdsurgeon.adapters import AdapterSpec, adapter_for
 from kdsurgeon.alignment import Alignment, align
+from kdsurgeon.checkpoints import write_whole
 from kdsurgeon.errors import PlanError
 from kdsurgeon.losses.formulas import halving_weights
 from kdsurgeon.partitioning import CutPoint, Partition, fingerprint
@@ -83,10 +84,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write plan.yaml, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(self.to_yaml(), encoding="utf-8")
-        temporary.replace(path)
+        write_whole(Path(path), [self.to_yaml().encode()])
 
 
 def _what_it_is(point: CutPoint) -> str:

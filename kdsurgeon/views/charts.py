@@ -94,13 +94,14 @@ def _is_number(value: float | None) -> bool:
 
 
 def _ticks(values: Sequence[float]) -> tuple[float, ...]:
-    """Four to seven round numbers that enclose the values.
+    """Two to seven round numbers that enclose the values.
 
     >>> _ticks([0.13, 0.92])
     (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     """
     low, high = min(values), max(values)
-    span = (high - low) or abs(high) or 1.0
+    size = max(abs(low), abs(high)) or 1.0
+    span = max(high - low if high - low > 1e-6 * size else size, 1e-12)
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -114,11 +114,14 @@ def draw_plan(plan: Plan, forecast: Forecast) -> str:
 def _stack(blocks: Sequence[BlockFacts], x: int) -> list[_Box]:
     """The blocks as boxes from top to bottom; stacks of as many blocks end at the same height."""
     room = ROOM * len(blocks)
+    shares = [facts.share for facts in blocks]
+    if not any(shares):  # a model without convolutions and matrix products
+        shares = [1 / len(blocks)] * len(blocks)
     boxes = []
     top, passed = TOP + INPUT_HEIGHT + GAP, 0.0
-    for index, facts in enumerate(blocks):
+    for index, (facts, share) in enumerate(zip(blocks, shares, strict=True)):
         is_head = index == len(blocks) - 1
-        before, passed = passed, passed + facts.share
+        before, passed = passed, passed + share
         height = LEAST_HEIGHT + round(room * passed) - round(room * before)
         colour = HEAD_COLOUR if is_head else COLOURS[index % len(COLOURS)]
         boxes.append(_Box(facts, x, top, height, colour))

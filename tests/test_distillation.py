@@ -1,0 +1,271 @@
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import kdsurgeon
+from kdsurgeon.checkpoints import ModelCard
+from kdsurgeon.distillation import (
+    check_teacher,
+    chosen_depths,
+    distill,
+    formula,
+    prepare,
+    train_alone,
+)
+from kdsurgeon.errors import DataError, NumericsError, PlanError
+from kdsurgeon.evaluation import accuracy, evaluate
+from kdsurgeon.recipe import Recipe
+from kdsurgeon.runs import Run
+from kdsurgeon.stones import Plan, partition, synthesize
+from tests import models
+
+
+def batches(count=3, size=8):
+    return [(models.images(size, seed=i), models.labels(size, seed=i)) for i in range(count)]
+
+
+def plan():
+    return partition(
+        models.make("residual", seed=1), models.make("inverted", seed=2), models.images(2)
+    )
+
+
+def losses(epochs):
+    return [epoch.losses["total"] for epoch in epochs]
+
+
+def test_4_6_without_stone_weights_it_is_plain_distillation_step_for_step():
+    """METHOD 4.6: all w_i = 0 and γ = 0 give the same losses and the same weights."""
+    results = []
+    for method in ("kd", "block-kd"):
+        torch.manual_seed(0)
+        chosen = plan()
+        stones = tuple(replace(stone, weight=0.0) for stone in chosen.stones)
+        chosen = Plan(chosen.alignment, stones)
+        recipe = Recipe(method=method, epochs=3, loss={"cross_weight": 0.0})
+        trace = []
+        ready = prepare(
+            chosen.teacher.trace.model,
+            chosen.student.trace.model,
+            batches(),
+            plan=chosen,
+            recipe=recipe,
+        )
+        for _ in ready.epochs(watch=lambda step, trace=trace: trace.append(step.losses)):
+            pass
+        kept = [{k: v for k, v in step.items() if "stone" not in k} for step in trace]
+        results.append((kept, chosen.student.trace.model.state_dict()))
+    (plain, plain_weights), (block, block_weights) = results
+    assert len(plain) == 9
+    assert plain == block
+    assert all(torch.equal(plain_weights[key], block_weights[key]) for key in plain_weights)
+
+
+def test_4_7_the_saved_student_loads_strictly_into_an_untouched_student(tmp_path):
+    """METHOD 4.7: nothing of adapters or teacher is in the file."""
+    chosen = plan()
+    ready = prepare(
+        chosen.teacher.trace.model,
+        chosen.student.trace.model,
+        batches(),
+        plan=chosen,
+        recipe=Recipe(epochs=1),
+    )
+    with Run.create(tmp_path / "run") as run:
+        list(ready.epochs(run=run, card=ModelCard(num_classes=10)))
+    saved = load_file(tmp_path / "run" / "student" / "last.safetensors")
+    untouched = models.make("inverted", seed=5)
+    assert set(saved) == set(untouched.state_dict())
+    untouched.load_state_dict(saved, strict=True)
+    trained = chosen.student.trace.model.eval()
+    assert torch.equal(untouched.eval()(models.images()), trained(models.images()))
+
+
+def test_distilling_needs_two_models_and_batches():
+    teacher, student = models.make("residual", seed=1), models.make("inverted", seed=2)
+    before = copy.deepcopy(student.state_dict())
+    epochs = list(distill(teacher, student, batches(), recipe=Recipe(epochs=2)))
+    assert [epoch.number for epoch in epochs] == [1, 2]
+    assert any(not torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    assert "ce stone 3" in epochs[0].losses
+
+
+def test_a_loop_of_ones_own_needs_two_lines():
+    stones = kdsurgeon.synthesize(plan())
+    optimizer = torch.optim.SGD(stones.parameters(), lr=0.01)
+    totals = []
+    for _ in range(5):
+        for x, y in batches(1):
+            loss = kdsurgeon.block_kd_loss(stones(x), y).total
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            totals.append(loss.item())
+    assert totals[-1] < totals[0]
+
+
+def test_a_model_alone_learns_from_labels_only():
+    model = models.make("chain")
+    epochs = list(
+        train_alone(model, batches(), Recipe(method="ce", epochs=2), validation=batches(1))
+    )
+    assert set(epochs[0].losses) == {"total", "ce student"}
+    assert epochs[-1].accuracy == accuracy(model, batches(1))
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "block-kd"])
+def test_an_interrupted_run_ends_in_the_bits_of_an_uninterrupted_one(tmp_path, method):
+    recipe = Recipe(method=method, epochs=3)
+
+    def ready():
+        chosen = plan()
+        return prepare(
+            chosen.teacher.trace.model,
+            chosen.student.trace.model,
+            batches(),
+            plan=chosen,
+            recipe=recipe,
+            validation=None,
+        )
+
+    torch.manual_seed(0)
+    with Run.create(tmp_path / "whole") as run:
+        list(ready().epochs(run=run))
+    torch.manual_seed(0)
+    seen = []
+    with Run.create(tmp_path / "halted") as run:
+        (tmp_path / "halted" / "config.yaml").write_text("")
+        list(ready().epochs(run=run, watch=seen.append, stop=lambda: len(seen) >= 4))
+    torch.manual_seed(7)
+    with Run.resume(tmp_path / "halted") as run:
+        list(ready().epochs(run=run))
+    files = [tmp_path / name / "student" / "last.safetensors" for name in ("whole", "halted")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    metrics = [
+        [
+            {
+                k: v
+                for k, v in json.loads(line).items()
+                if k not in ("seconds", "samples_per_second")
+            }
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "halted")
+    ]
+    assert metrics[0] == metrics[1]
+    assert [line["epoch"] for line in metrics[0]] == [1, 2, 3]
+
+
+def test_the_best_student_is_the_one_with_the_highest_accuracy(tmp_path):
+    chosen = plan()
+    validation = batches(1)
+    ready = prepare(
+        chosen.teacher.trace.model,
+        chosen.student.trace.model,
+        batches(),
+        plan=chosen,
+        recipe=Recipe(epochs=4),
+    )
+    ready = copy.copy(ready)
+    object.__setattr__(ready, "validation", validation)
+    scores = []
+    with Run.create(tmp_path / "run") as run:
+        for epoch in ready.epochs(run=run):
+            scores.append(epoch.accuracy)
+    best = models.make("inverted")
+    best.load_state_dict(load_file(tmp_path / "run" / "student" / "best.safetensors"))
+    assert accuracy(best, validation) == max(scores)
+
+
+def test_a_teacher_near_chance_is_refused_with_likely_causes():
+    with pytest.raises(NumericsError, match="near chance") as caught:
+        check_teacher(_Constant(), [(models.images(100), models.labels(100))])
+    assert "normalised differently" in str(caught.value)
+    assert caught.value.exit_code == 5
+
+
+class _Constant(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(models.CLASSES))
+
+    def forward(self, x):
+        return self.bias.expand(len(x), -1)
+
+
+@pytest.mark.parametrize(
+    ("method", "stones", "depths"),
+    [
+        ("block-kd", "all", (1, 2, 3)),
+        ("block-kd", "drop-first", (2, 3)),
+        ("block-kd", "last-2", (2, 3)),
+        ("block-kd", [1, 3], (1, 3)),
+        ("kd", "all", ()),
+    ],
+)
+def test_a_recipe_chooses_its_stones(method, stones, depths):
+    recipe = Recipe(method=method, loss={"stones": stones})
+    assert chosen_depths(plan(), recipe) == depths
+
+
+def test_more_stones_than_the_plan_has_are_refused():
+    with pytest.raises(PlanError, match="last-9, but the plan has 3"):
+        chosen_depths(plan(), Recipe(loss={"stones": "last-9"}))
+    with pytest.raises(PlanError, match="no stone of depth 9"):
+        teacher, student = models.make("residual", seed=1), models.make("inverted", seed=2)
+        prepare(teacher, student, batches(), recipe=Recipe(loss={"stones": [9]}))
+
+
+def test_the_formula_is_printed_with_its_numbers():
+    text = formula(plan(), Recipe(epochs=240, loss={"kd_weight": 0.5, "stones": "last-2"}))
+    assert text == (
+        "L = 1·[CE(S, y) + 0.5·CE(N2, y) + 1·CE(N3, y)]\n"
+        "  + 0.5·[KL(S, T) + 0.5·KL(N2, T) + 1·KL(N3, T)]\n"
+        "  + 1·[KL(S, E) + KL(N2, E) + KL(N3, E)] from epoch 201, E = mean of N\n"
+        "  τ = 4; S student, T teacher, N stepping stones"
+    )
+
+
+def test_the_ensemble_term_begins_when_the_recipe_says():
+    chosen = plan()
+    recipe = Recipe(epochs=4, loss={"cross_start": 0.5})
+    ready = prepare(
+        chosen.teacher.trace.model,
+        chosen.student.trace.model,
+        batches(),
+        plan=chosen,
+        recipe=recipe,
+    )
+    has_cross = ["cross student" in epoch.losses for epoch in ready.epochs()]
+    assert has_cross == [False, False, True, True]
+
+
+def test_evaluation_measures_student_teacher_and_every_stone_like_each_alone():
+    chosen = plan()
+    stones = synthesize(chosen, depths=(1, 3))
+    data = batches(4)
+    report = evaluate(stones, data)
+    assert stones.training
+    assert report.samples == 32
+    assert report.teacher == accuracy(chosen.teacher.trace.model, data)
+    assert report.student == accuracy(chosen.student.trace.model, data)
+    assert set(report.stones) == set(report.stone_agreement) == {1, 3}
+
+
+def test_a_student_that_is_the_teacher_agrees_with_it():
+    teacher = models.make("residual")
+    stones = synthesize(partition(teacher, copy.deepcopy(teacher), models.images(2)))
+    assert evaluate(stones, batches()).student_agreement == 1.0
+
+
+def test_nothing_to_evaluate_on_is_an_error():
+    for measure in (
+        lambda: accuracy(models.make("chain"), []),
+        lambda: evaluate(synthesize(plan()), []),
+    ):
+        with pytest.raises(DataError, match="no sample"):
+            measure()
