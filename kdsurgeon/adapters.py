@@ -48,9 +48,8 @@ class AdapterSpec:
     def __str__(self) -> str:
         if self.operation == "identity":
             return "identity"
-        shapes = f"{self.source[0]}→{self.target[0]}"
-        if len(self.source) < 3:
-            shapes = f"{self.source[-1]}→{self.target[-1]}"
+        width = 0 if len(self.source) == 3 else -1
+        shapes = f"{self.source[width]}→{self.target[width]}"
         name = {
             "conv": "conv 1×1",
             "downsample": "conv 3×3 ÷2",

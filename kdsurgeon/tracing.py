@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
+from torch.fx.proxy import Attribute
 
 from kdsurgeon.errors import TraceError
 
@@ -123,7 +125,7 @@ class _ValueProxy(fx.Proxy):
                 return getattr(value, attribute)
             if attribute in ("shape", "T", "mT", "H", "mH", "data"):
                 return self.tracer.create_proxy("call_function", getattr, (self, attribute), {})
-        return fx.proxy.Attribute(self, attribute)
+        return Attribute(self, attribute)
 
     def __len__(self) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         return len(self._value)
@@ -225,7 +227,8 @@ class _ValueTracer(fx.Tracer):
         return bool(value)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        return iter([obj[index] for index in range(len(obj.node.meta["val"]))])
+        proxy: Any = obj
+        return iter([proxy[index] for index in range(len(obj.node.meta["val"]))])
 
     def keys(self, obj: fx.Proxy) -> Any:
         return obj.node.meta["val"].keys()
@@ -244,7 +247,7 @@ class _ValueTracer(fx.Tracer):
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             return self.example
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
+        args, kwargs = map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
         self._evaluating = True
         try:
             with self.fake:
@@ -266,7 +269,7 @@ def call_on_fakes(leaf: nn.Module, fake: FakeTensorMode, args: Any, kwargs: Any)
     Hooks before the call run, as weight normalisation is one; hooks after it do not.
     """
     state = [*leaf.named_parameters(), *leaf.named_buffers()]
-    fakes = {name: fake.from_tensor(value) for name, value in state}
+    fakes: dict[str, Tensor] = {name: fake.from_tensor(value) for name, value in state}
     with _without_hooks(leaf):
         return torch.func.functional_call(leaf, fakes, args, kwargs)
 
@@ -291,7 +294,7 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 def _check_names(model: nn.Module, name: str) -> None:
     """torch.fx writes module names into generated source, so they must be plain text."""
     for path, _ in [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]:
-        if not path.isprintable() or set(path) & set("\"'\\"):
+        if not path.isprintable() or set(path) & set('"\\'):
             raise TraceError(
                 f"{name} has a module with quotes or control characters in its name.",
                 where=repr(path),

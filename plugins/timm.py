@@ -1,5 +1,8 @@
 """Models of timm by name: ``timm/resnet50``, with keyword arguments after commas."""
 
+# pyright: reportAttributeAccessIssue=false
+# It takes the library of the same name for this file.
+
 from typing import Any
 
 from torch import nn

@@ -1,5 +1,8 @@
 """Models of torchvision by name: ``torchvision/resnet18``, with keyword arguments after commas."""
 
+# pyright: reportAttributeAccessIssue=false
+# It takes the library of the same name for this file.
+
 from typing import Any
 
 from torch import nn

@@ -5,6 +5,7 @@ Nothing here imports torch: ``--help`` and every mistake in flags or recipe are 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,18 +16,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
+from typer.main import get_command
 
 from kdsurgeon import __version__
 from kdsurgeon.cli import models, onnx, run
 from kdsurgeon.cli.console import err, out
-from kdsurgeon.errors import SurgeonError
+from kdsurgeon.errors import ResourceError, SurgeonError, UsageError, nearest
+
+_LIMITS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM,
+    errno.EMFILE, errno.ENFILE,
+}  # fmt: skip
 
 app = typer.Typer(
     name="kdsurgeon",
     help="Knowledge distillation by graph surgery: two models in, a small verified ONNX file out.",
-    no_args_is_help=True,
     add_completion=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
@@ -84,30 +89,27 @@ def main(arguments: Sequence[str], *, standalone: bool = True) -> int:
     if "--no-plugins" in switches:
         os.environ["KDSURGEON_NO_PLUGINS"] = "1"
     try:
-        app(list(arguments), standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        out.print(error.format_message(), markup=False, highlight=False)
-        return 2
-    except click.ClickException as error:
-        _report(_usage(error), switches)
-        return 2
-    except (KeyboardInterrupt, click.Abort):
+        _run(arguments or ["--help"])
+    except typer.Exit as stop:
+        return stop.exit_code if arguments else UsageError.exit_code
+    except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted at once; what was saved before is intact.")
         return 128 + signal.SIGINT
-    except SurgeonError as error:
-        if not standalone:
-            raise
-        return _fail(error, switches)
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if not standalone:
             raise
-        return _our_fault(error, switches)
+        return _fail(error, switches)
     return 0
+
+
+def _run(arguments: Sequence[str]) -> None:
+    """What ``app(arguments)`` does, without its own answers to Ctrl-C and closed pipes."""
+    command = get_command(app)
+    with command.make_context("kdsurgeon", list(arguments)) as context:
+        command.invoke(context)
 
 
 def _without_switches(arguments: Sequence[str]) -> tuple[list[str], set[str]]:
@@ -119,37 +121,51 @@ def _without_switches(arguments: Sequence[str]) -> tuple[list[str], set[str]]:
     return kept + list(arguments[cut:]), found
 
 
-def _usage(error: click.ClickException) -> SurgeonError:
-    where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
-    failure = SurgeonError(
-        error.format_message(), fix=f"{where or 'kdsurgeon'} --help lists what there is"
-    )
-    failure.exit_code = 2
-    return failure
-
-
-def _fail(error: SurgeonError, switches: set[str]) -> int:
+def _fail(error: Exception, switches: set[str]) -> int:
+    """Print an error, whoever raised it, as one of ours; its exit code."""
     if "--debug" in switches:
         traceback.print_exception(error)
-    _report(error, switches)
-    return error.exit_code
+    ours = error if isinstance(error, SurgeonError) else _translated(error)
+    _report(ours, switches)
+    return ours.exit_code
 
 
-def _our_fault(error: Exception, switches: set[str]) -> int:
+def _translated(error: Exception) -> SurgeonError:
+    """A mistake on the command line, a machine at its limits, or a fault of ours."""
+    if isinstance(error, typer.TyperException):
+        return _usage(error)
+    if isinstance(error, MemoryError):
+        return ResourceError("there is not enough memory.", fix="a smaller --batch-size or model")
+    if isinstance(error, OSError) and error.errno in _LIMITS:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return ResourceError(f"{where}{error.strerror}.", fix="check the disk and permissions")
+    return _our_fault(error)
+
+
+def _usage(error: typer.TyperException) -> UsageError:
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context else "kdsurgeon"
+    fix = f"{where} --help lists what there is"
+    wrong = getattr(error, "option_name", None)
+    if wrong is None or context is None:
+        return UsageError(error.format_message(), fix=fix)
+    known = [flag for parameter in context.command.params for flag in parameter.opts]
+    meant = nearest(wrong, known) if wrong not in known else None
+    return UsageError(error.message, fix=f"{meant}\n{fix}" if meant else fix)
+
+
+def _our_fault(error: Exception) -> SurgeonError:
     """A fault of ours: the traceback goes to a file, one line to the terminal."""
-    if "--debug" in switches:
-        traceback.print_exception(error)
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="kdsurgeon-", suffix=".txt", delete=False, encoding="utf-8"
-    ) as file:
-        traceback.print_exception(error, file=file)
     first = (str(error).splitlines() or [""])[0][:200]
-    problem = SurgeonError(
-        f"a fault of kdsurgeon: {type(error).__name__}: {first}",
-        fix=f"please report it with {file.name}",
-    )
-    _report(problem, switches)
-    return 1
+    what = f"a fault of kdsurgeon: {type(error).__name__}: {first}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="kdsurgeon-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return SurgeonError(what, fix="please report it; --debug shows where it happened")
+    return SurgeonError(what, fix=f"please report it with {file.name}")
 
 
 def _report(error: SurgeonError, switches: set[str]) -> None:

@@ -18,14 +18,14 @@ from kdsurgeon.demo import build
 from kdsurgeon.distillation import train_alone
 from kdsurgeon.errors import UsageError
 from kdsurgeon.exporting import benchmark
-from kdsurgeon.recipe import Recipe
+from kdsurgeon.recipe import OptimRecipe, Recipe
 from kdsurgeon.runs import read_metrics
 from kdsurgeon.stones import forecast, partition
 from kdsurgeon.tracing import trace
 from kdsurgeon.views import Row, comparison_table
 
 EPOCHS = 20
-TEACHER = Recipe(method="ce", epochs=12, optim={"lr": 3e-3, "warmup_epochs": 1.0})
+TEACHER = Recipe(method="ce", epochs=12, optim=OptimRecipe(lr=3e-3, warmup_epochs=4.0))
 
 
 def play(folder: Path, seed: int, run_verb: Callable[[Sequence[str]], int]) -> None:

@@ -20,7 +20,7 @@ from kdsurgeon.errors import UsageError
 from kdsurgeon.evaluation import accuracy
 from kdsurgeon.exporting import Exported, benchmark, read_metadata
 from kdsurgeon.exporting import export as export_model
-from kdsurgeon.recipe import RunConfig, read_config
+from kdsurgeon.recipe import DataRecipe, RunConfig, read_config
 
 CALIBRATION_IMAGES = 512
 
@@ -95,7 +95,9 @@ def _student(
 
 
 def _data(loaded: Loaded, source: str, size: inputs.Size | None) -> Split:
-    settings = RunConfig(teacher="none", student="none", data_dir=source, data={"input_size": size})
+    settings = RunConfig(
+        teacher="none", student="none", data_dir=source, data=DataRecipe(input_size=size)
+    )
     split = inputs.load_data(settings, loaded.card)
     with torch.inference_mode():
         classes = loaded.model(torch.zeros((2, *split.train.input_size))).shape[-1]

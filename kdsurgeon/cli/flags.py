@@ -47,7 +47,7 @@ def parse_size(text: str | None) -> tuple[int, int, int] | None:
     if text is None:
         return None
     parts = text.replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UsageError(
             f"--input-size {text} is not channels,height,width.", fix="e.g. --input-size 3,224,224"
         )
@@ -86,6 +86,6 @@ def parse_blocks(text: str | None) -> int | str:
     """``auto`` or a count."""
     if text in (None, "auto"):
         return "auto"
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--blocks {text} is neither auto nor a count.", fix="e.g. --blocks 4")
     return int(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,18 @@ def pick_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ResourceError(f"there is no MPS device for --device {name}.", fix="--device cpu")
     return device
+
+
+def check_threads(count: int) -> int:
+    """``count``, or :class:`UsageError` where torch would crash for want of threads."""
+    most = max(64, os.cpu_count() or 1)
+    if count > most:
+        raise UsageError(
+            f"--threads {count:,} is more than this machine can run.",
+            where=f"{os.cpu_count()} cores",
+            fix=f"at most {most}; best is one for each core",
+        )
+    return count
 
 
 def write_text(path: Path, text: str) -> None:

@@ -131,7 +131,7 @@ def _parsed(
         found["blocks"] = flags.parse_blocks(blocks)
     if stones is not None:
         depths = stones.split(",")
-        is_list = all(depth.strip().isdigit() for depth in depths)
+        is_list = all(depth.strip().isdecimal() for depth in depths)
         found["loss.stones"] = [int(depth) for depth in depths] if is_list else stones
     if mean is not None:
         found["data.mean"] = list(flags.parse_numbers(mean, "--mean") or ())

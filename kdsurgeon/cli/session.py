@@ -26,7 +26,7 @@ from kdsurgeon.data import Batches, Split
 from kdsurgeon.distillation import Distillation, chosen_depths, formula, prepare
 from kdsurgeon.errors import Interrupted, UsageError
 from kdsurgeon.evaluation import Report, accuracy, evaluate
-from kdsurgeon.recipe import RunConfig, read_config, write_yaml
+from kdsurgeon.recipe import DataRecipe, RunConfig, read_config, write_yaml
 from kdsurgeon.runs import Run, environment
 from kdsurgeon.stones import Plan, SteppingStones, certify, forecast
 from kdsurgeon.training import Epoch, Step
@@ -80,7 +80,7 @@ class Session:
 def open_session(settings: RunConfig, trust: Sequence[str], plan: Path | None) -> Session:
     """Load both models and the data, and plan; raises when anything does not fit."""
     if settings.threads:
-        torch.set_num_threads(settings.threads)
+        torch.set_num_threads(inputs.check_threads(settings.threads))
     torch.manual_seed(settings.seed)
     device = inputs.pick_device(settings.device)
     teacher = load_model(
@@ -137,10 +137,8 @@ def announce(session: Session) -> Distillation:
     inputs.warn_if_larger(plan)
     ready = session.prepare()
     train, val = session.split.train, session.split.val
-    say(
-        f"data     {settings.data_dir}: {len(train):,} training and {len(val):,} validation images, "
-        f"{train.num_classes} classes"
-    )
+    counts = f"{len(train):,} training and {len(val):,} validation images"
+    say(f"data     {settings.data_dir}: {counts}, {train.num_classes} classes")
     say(f"teacher  {session.teacher.source}: accuracy {ready.teacher_accuracy:.2%}")
     if plan.stones:
         out.print(plan_table(plan, forecast(plan, chosen_depths(plan, settings)), certify(plan)))
@@ -230,7 +228,7 @@ def evaluate_model(
     if data_dir is None:
         raise UsageError("there is nothing to measure on.", fix="--data-dir FOLDER, or digits")
     settings = RunConfig(
-        teacher=source, student=source, data_dir=data_dir, data={"input_size": size}
+        teacher=source, student=source, data_dir=data_dir, data=DataRecipe(input_size=size)
     )
     split = inputs.load_data(settings, loaded.card)
     plan_example = torch.zeros((2, *split.train.input_size))

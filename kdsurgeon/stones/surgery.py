@@ -132,6 +132,6 @@ def _frozen_twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
         for name, child in module._modules.items()
     }
     if getattr(twin, "inplace", False):
-        twin.inplace = False
+        twin.__dict__["inplace"] = False
     twin.training = False
     return twin

@@ -98,13 +98,23 @@ def _summary(epochs: Sequence[Mapping[str, Any]], teacher_accuracy: float | None
 
 
 def _curves(epochs: Sequence[Mapping[str, Any]], teacher_accuracy: float | None) -> Iterable[str]:
-    names = dict.fromkeys(name for line in epochs for name in line.get("losses", {}))
-    losses = {
-        name: [(line["epoch"], line.get("losses", {}).get(name)) for line in epochs]
-        for name in names
-    }
-    yield "<h2>Loss by component</h2>"
-    yield line_chart(losses, title="loss by component, per epoch", text="{:.3g}".format)
+    names = list(dict.fromkeys(name for line in epochs for name in line.get("losses", {})))
+    for kind in dict.fromkeys(name.split(" ")[0] for name in names):
+        losses = {
+            name.removeprefix(f"{kind} "): [
+                (line["epoch"], line.get("losses", {}).get(name)) for line in epochs
+            ]
+            for name in names
+            if name.split(" ")[0] == kind
+        }
+        heading = {
+            "total": "Loss, weighted sum",
+            "ce": "Cross-entropy with the labels",
+            "kd": "Distance to the teacher",
+            "cross": "Distance to the mean of the stones",
+        }.get(kind, kind)
+        yield f"<h2>{escape(heading)}</h2>"
+        yield line_chart(losses, title=f"{kind} by epoch", text="{:.3g}".format)
     accuracy = [(line["epoch"], line.get("accuracy")) for line in epochs]
     if any(value is not None for _, value in accuracy):
         level = None if teacher_accuracy is None else ("teacher", teacher_accuracy)

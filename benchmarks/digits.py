@@ -1,0 +1,75 @@
+"""The demo's comparison over several seeds: does a stone help a tiny student on the digits?
+
+    python benchmarks/digits.py --seeds 5
+
+Not measured yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+
+import torch
+
+from kdsurgeon import Batches, Recipe, load_data, partition, prepare, train_alone
+from kdsurgeon.demo import build
+from kdsurgeon.recipe import LossRecipe, OptimRecipe
+from kdsurgeon.stones import forecast
+
+EPOCHS = 20
+OPTIM = OptimRecipe(lr=1e-2, warmup_epochs=1.0)
+TEACHER = Recipe(method="ce", epochs=12, optim=OptimRecipe(lr=3e-3, warmup_epochs=4.0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    count = parser.parse_args().seeds
+    torch.set_num_threads(1)
+    found: dict[str, list[float]] = {}
+    for seed in range(count):
+        for name, score, seconds in compare(seed):
+            found.setdefault(name, []).append(score)
+            print(json.dumps({"seed": seed, "run": name, "accuracy": score, "seconds": seconds}))
+    for name, scores in found.items():
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        print(f"{name:24} {statistics.mean(scores):.2%} ± {spread:.2%}")
+
+
+def compare(seed: int):
+    """(name, accuracy after the last epoch, seconds) of every run with one seed."""
+    digits = load_data("digits")
+    validation = Batches(digits.val, 256, shuffle=False, seed=0)
+
+    def batches() -> Batches:
+        return Batches(digits.train, 64, shuffle=True, seed=seed, augment="shift")
+
+    torch.manual_seed(seed)
+    teacher, student = build("teacher"), build("student")
+    began = time.monotonic()
+    *_, last = train_alone(teacher, batches(), TEACHER, validation=validation)
+    yield "teacher", last.accuracy, time.monotonic() - began
+    longer = round(EPOCHS * forecast(partition(teacher, student, torch.zeros(2, 1, 8, 8))).ratio)
+    runs = {
+        f"alone, {EPOCHS} epochs": Recipe(method="ce", epochs=EPOCHS),
+        f"alone, {longer} epochs": Recipe(method="ce", epochs=longer),
+        f"KD, {EPOCHS} epochs": Recipe(method="kd", epochs=EPOCHS),
+        f"KD, {longer} epochs": Recipe(method="kd", epochs=longer),
+        f"Block-KD, {EPOCHS} epochs": Recipe(method="block-kd", epochs=EPOCHS),
+        f"last stone, {EPOCHS} epochs": Recipe(epochs=EPOCHS, loss=LossRecipe(stones="last-1")),
+    }
+    for name, recipe in runs.items():
+        twin = copy.deepcopy(student)
+        chosen = recipe.replace(optim=OPTIM, seed=seed)
+        began = time.monotonic()
+        ready = prepare(teacher, twin, batches(), recipe=chosen, validation=validation)
+        *_, last = ready.epochs()
+        yield name, last.accuracy, time.monotonic() - began
+
+
+if __name__ == "__main__":
+    main()
