@@ -1,4 +1,4 @@
-"""What data.py promises: data sets in, refusals by name, batches as pure functions."""
+"""What data promises: data sets in, refusals by name, batches as pure functions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -17,8 +18,18 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from kdsurgeon import data
-from kdsurgeon.data import IMAGENET_MEAN, IMAGENET_STD, BadImage, Batches, Dataset, Split, load
+from kdsurgeon.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    BadImage,
+    Batches,
+    Dataset,
+    Split,
+    decoding,
+    load,
+)
+from kdsurgeon.data.batches import draw
+from kdsurgeon.data.sets import moments
 from kdsurgeon.errors import DataError, ResourceError, SurgeonError, UsageError
 
 # ------------------------------------------------------------------------------------ builders
@@ -309,7 +320,7 @@ def test_fitting_in_one_step_is_resizing_and_then_cropping(size):
     left, top = (large.width - 32) // 2, (large.height - 32) // 2
     expected = np.asarray(large.crop((left, top, left + 32, top + 32))).astype(int)
     row = np.empty((32, 32, 1), np.uint8)
-    data._fit_into(row, image)
+    decoding.fit_into(row, image)
     assert abs(row[..., 0].astype(int) - expected).max() <= 2
 
 
@@ -379,7 +390,7 @@ def test_normalising_is_scaling_subtracting_the_mean_and_dividing_by_the_deviati
 def test_moments_are_those_of_numpy_in_more_than_one_step():
     images = noise(30_000, 8, 8, 3)
     images[20_000:] //= 2  # so that a step left out shows
-    measured = data._moments(images, 255)
+    measured = moments(images, 255)
     assert measured[0] == pytest.approx((images / 255).mean(axis=(0, 1, 2)))
     assert measured[1] == pytest.approx((images / 255).std(axis=(0, 1, 2)))
 
@@ -608,7 +619,7 @@ def test_a_dangling_link_and_a_pipe_are_bad_images(tmp_path):
 def test_a_file_too_large_to_be_an_image_is_not_read(tmp_path):
     class_folders(tmp_path, "a", "b", count=5)
     with (tmp_path / "a" / "huge.png").open("wb") as file:
-        file.truncate(data.MAX_FILE_BYTES + 1)
+        file.truncate(decoding.MAX_FILE_BYTES + 1)
     (bad,) = load(tmp_path, max_bad_images=1).bad
     assert bad == BadImage("a/huge.png", "268,435,457 bytes, more than 268,435,456")
 
@@ -766,9 +777,9 @@ def test_large_folders_are_decoded_into_a_file_without_a_name(tmp_path, monkeypa
     class_folders(tmp_path / "data", "a", "b", count=6)
     (tmp_path / "data" / "a" / "0.png").write_bytes(b"nonsense")
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(data.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     expected = load(tmp_path / "data", max_bad_images=1)
-    monkeypatch.setattr(data, "RAM_BYTES", 100)
+    monkeypatch.setattr(decoding, "RAM_BYTES", 100)
     split = load(tmp_path / "data", max_bad_images=1)
     assert isinstance(split.train.images, np.memmap)
     assert (split.train.images == expected.train.images).all()
@@ -783,7 +794,7 @@ def test_a_full_disk_is_noticed_before_anything_is_decoded(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     class_folders(tmp_path, "a", "b")
-    monkeypatch.setattr(data, "RAM_BYTES", 100)
+    monkeypatch.setattr(decoding, "RAM_BYTES", 100)
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(ResourceError, match="do not fit into the temporary folder") as caught:
         load(tmp_path)
@@ -797,10 +808,10 @@ def test_a_lack_of_memory_is_said_so(tmp_path, monkeypatch):
 
     class_folders(tmp_path, "a", "b")
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_allocate", fail)
+        patch.setattr(decoding, "allocate", fail)
         with pytest.raises(ResourceError, match="not enough memory to load"):
             load(tmp_path)
-    monkeypatch.setattr(data, "_open", fail)
+    monkeypatch.setattr(decoding, "_open", fail)
     with pytest.raises(ResourceError, match=r"not enough memory to decode a/\d.png"):
         load(tmp_path)
 
@@ -912,7 +923,7 @@ def test_arrays_are_resized_as_files_are(tmp_path):
     split = load(path, input_size=(1, 4, 4))
     own = load(path)
     expected = np.empty((4, 4, 1), np.uint8)
-    data._fit_into(expected, Image.fromarray(own.train.images[0]).convert("L"))
+    decoding.fit_into(expected, Image.fromarray(own.train.images[0]).convert("L"))
     assert (split.train.images[0] == expected).all()
 
 
@@ -1077,7 +1088,7 @@ def test_order_and_augmentation_never_change():
     batches.set_epoch(2)
     assert batches.order()[:6].tolist() == [969, 641, 287, 1162, 876, 1175]
     rows = np.arange(6)
-    assert data._draw(1, 2, rows, 0, 9).tolist() == [4, 0, 2, 0, 7, 1]
+    assert draw(1, 2, rows, 0, 9).tolist() == [4, 0, 2, 0, 7, 1]
 
 
 def test_augmentation_does_not_depend_on_the_batch_or_on_the_place_in_it():
@@ -1106,8 +1117,8 @@ def test_augmented_images_equal_those_of_a_slow_twin(augment):
     made = dataset(noise(40, 16, 8, 3))
     x, _ = epoch(Batches(made, 6, shuffle=False, seed=5, augment=augment), 3)
     rows = np.arange(40)
-    down, right = data._draw(5, 3, rows, 0, 5), data._draw(5, 3, rows, 1, 3)
-    mirrored = data._draw(5, 3, rows, 2, 2)
+    down, right = draw(5, 3, rows, 0, 5), draw(5, 3, rows, 1, 3)
+    mirrored = draw(5, 3, rows, 2, 2)
     for row in rows:
         expected = made.images[row]
         if augment != "none":
@@ -1128,24 +1139,24 @@ def test_shifted_images_are_padded_with_black_before_normalisation():
 def test_every_shift_is_equally_frequent_and_every_second_image_mirrored():
     rows = np.arange(90_000)
     for use, bound in ((0, 9), (1, 9), (2, 2)):
-        counts = np.bincount(data._draw(0, 0, rows, use, bound), minlength=bound)
+        counts = np.bincount(draw(0, 0, rows, use, bound), minlength=bound)
         assert len(counts) == bound
         expected = len(rows) / bound
         assert ((counts - expected) ** 2 / expected).sum() < 30  # chi square, p < 0.001
-    pairs = data._draw(0, 0, rows, 0, 3) * 3 + data._draw(0, 0, rows, 1, 3)
+    pairs = draw(0, 0, rows, 0, 3) * 3 + draw(0, 0, rows, 1, 3)
     assert abs(np.bincount(pairs) - 10_000).max() < 500
 
 
 def test_seeds_and_epochs_do_not_stand_in_for_each_other():
     rows = np.arange(64)
     draws = {
-        data._draw(seed, number, rows, use, 2**31).tobytes()
+        draw(seed, number, rows, use, 2**31).tobytes()
         for seed in range(6)
         for number in range(6)
         for use in range(3)
     }
     assert len(draws) == 108
-    assert not (data._draw(0, 0, rows[1:], 0, 2**31) == data._draw(0, 1, rows[:-1], 0, 2**31)).any()
+    assert not (draw(0, 0, rows[1:], 0, 2**31) == draw(0, 1, rows[:-1], 0, 2**31)).any()
 
 
 def test_a_pass_can_start_at_any_batch_and_only_that_pass():

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from kdsurgeon import recipe as module
 from kdsurgeon.errors import ConfigError, ResourceError
 from kdsurgeon.recipe import (
     DataRecipe,
@@ -32,6 +31,7 @@ from kdsurgeon.recipe import (
     parse_yaml,
     read_config,
     read_yaml,
+    records,
     write_yaml,
 )
 
@@ -872,7 +872,7 @@ def test_equal_recipes_have_equal_hashes_and_every_key_counts() -> None:
 
 
 def test_the_distance_is_one_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "installed", lambda kind: {"dkd": kind})
+    monkeypatch.setattr(records, "installed", lambda kind: {"dkd": kind})
     assert LossRecipe(distance="dkd").distance == "dkd"
     assert LossRecipe(distance="kl").distance == "kl"
     with pytest.raises(

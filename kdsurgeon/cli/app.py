@@ -5,7 +5,6 @@ Nothing here imports torch: ``--help`` and every mistake in flags or recipe are 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -23,11 +22,6 @@ from kdsurgeon import __version__
 from kdsurgeon.cli import models, onnx, run
 from kdsurgeon.cli.console import err, out
 from kdsurgeon.errors import ResourceError, SurgeonError, UsageError, nearest
-
-_LIMITS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM,
-    errno.EMFILE, errno.ENFILE,
-}  # fmt: skip
 
 app = typer.Typer(
     name="kdsurgeon",
@@ -134,11 +128,11 @@ def _translated(error: Exception) -> SurgeonError:
     """A mistake on the command line, a machine at its limits, or a fault of ours."""
     if isinstance(error, typer.TyperException):
         return _usage(error)
-    if isinstance(error, MemoryError):
-        return ResourceError("there is not enough memory.", fix="a smaller --batch-size or model")
-    if isinstance(error, OSError) and error.errno in _LIMITS:
+    if isinstance(error, MemoryError) or "allocate" in str(error):  # torch raises RuntimeError
+        return ResourceError("there is not enough memory.", fix="a smaller batch, input or model")
+    if isinstance(error, OSError) and error.errno is not None:
         where = "" if error.filename is None else f"{error.filename}: "
-        return ResourceError(f"{where}{error.strerror}.", fix="check the disk and permissions")
+        return ResourceError(f"{where}{error.strerror}.", fix="check path, permissions and disk")
     return _our_fault(error)
 
 

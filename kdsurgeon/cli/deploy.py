@@ -42,6 +42,9 @@ def export_student(
     threads: int,
 ) -> None:
     """Write ONNX (and int8), print parity, accuracy, size and latency; a run keeps the figures."""
+    inputs.check_threads(threads)
+    if not 0 <= tolerance <= 1:
+        raise UsageError(f"--tolerance {tolerance} is not between 0 and 1.", fix="1e-5 is usual")
     loaded, data = _student(target, arch, trust, data_dir, size)
     if int8 and data is None and calib_data is None:
         raise UsageError("int8 must be calibrated on images.", fix="--calib-data FOLDER, or digits")
@@ -91,18 +94,18 @@ def _student(
     chosen = best if best.is_file() else last
     loaded = load_model(str(chosen), arch=arch or settings.student_arch, trust=trust, flag="--arch")
     say(f"student  {chosen}")
-    return replace(loaded, name=folder.name), _data(loaded, data_dir or settings.data_dir, size)
+    if data_dir is None and size is None:
+        split = inputs.data_for(loaded, settings)  # held out as it was in training
+    else:
+        split = _data(loaded, data_dir or settings.data_dir, size)
+    return replace(loaded, name=folder.name), split
 
 
 def _data(loaded: Loaded, source: str, size: inputs.Size | None) -> Split:
     settings = RunConfig(
         teacher="none", student="none", data_dir=source, data=DataRecipe(input_size=size)
     )
-    split = inputs.load_data(settings, loaded.card)
-    with torch.inference_mode():
-        classes = loaded.model(torch.zeros((2, *split.train.input_size))).shape[-1]
-    inputs.check_classes(loaded, classes, split)
-    return split
+    return inputs.data_for(loaded, settings)
 
 
 def _spread(dataset: Dataset) -> Tensor:
@@ -180,6 +183,7 @@ def benchmark_models(
     threads: int,
 ) -> Table:
     """One row for each model: size, latency, and how much faster than the first."""
+    inputs.check_threads(threads)
     targets = {}
     cards = []
     for source in models:

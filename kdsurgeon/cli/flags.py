@@ -9,6 +9,9 @@ import typer
 
 from kdsurgeon.errors import UsageError
 
+MAX_VALUES = 1 << 28
+"""More values in one input than any classifier takes: rather a typing mistake."""
+
 Arch = Annotated[
     str | None,
     typer.Option(help="architecture for a file of weights: timm/NAME, py:module:factory"),
@@ -52,6 +55,11 @@ def parse_size(text: str | None) -> tuple[int, int, int] | None:
             f"--input-size {text} is not channels,height,width.", fix="e.g. --input-size 3,224,224"
         )
     channels, height, width = (int(part) for part in parts)
+    if channels * height * width > MAX_VALUES:
+        raise UsageError(
+            f"--input-size {text} is {4 * channels * height * width:,} bytes for one image.",
+            fix=f"at most {4 * MAX_VALUES:,} bytes",
+        )
     return channels, height, width
 
 

@@ -80,14 +80,18 @@ def plan_for(
     """The saved plan, checked against these models, or a new one."""
     if plan is None:
         names = (teacher.name, student.name)
-        return partition(
+        found = partition(
             teacher.model, student.model, example, blocks=blocks, pairs=pairs, names=names
         )
-    return read_plan(
-        plan,
-        trace(teacher.model, example, name=teacher.name),
-        trace(student.model, example, name=student.name),
-    )
+    else:
+        found = read_plan(
+            plan,
+            trace(teacher.model, example, name=teacher.name),
+            trace(student.model, example, name=student.name),
+        )
+    for loaded in (teacher, student):
+        count_classes(loaded, example)
+    return found
 
 
 def warn_if_larger(plan: Plan) -> None:
@@ -120,6 +124,43 @@ def load_data(config: RunConfig, teacher: ModelCard) -> Split:
     for bad in split.bad:
         warn(f"left out {bad.path}: {bad.reason}")
     return split
+
+
+def data_for(loaded: Loaded, settings: RunConfig) -> Split:
+    """The data that ``settings`` name, once it is sure that the model can answer on it."""
+    split = load_data(settings, loaded.card)
+    classes = count_classes(loaded, torch.zeros((1, *split.train.input_size)))
+    check_classes(loaded, classes, split)
+    return split
+
+
+def count_classes(loaded: Loaded, example: Tensor) -> int:
+    """How many logits the model gives for each image, tried on three of them.
+
+    Raises :class:`UsageError` when it fails or gives anything but one tensor of logits.
+    """
+    images = example[:1].expand(3, *example.shape[1:])
+    try:
+        with torch.inference_mode():
+            found = loaded.model(images)
+    except Exception as error:
+        raise UsageError(
+            f"{loaded.name} does not take {len(images)} images of {_times(example.shape[1:])}.",
+            why=f"{type(error).__name__}: {error}".splitlines()[0],
+            fix="--input-size C,H,W gives another size; the batch size must stay free",
+        ) from error
+    if isinstance(found, Tensor) and found.ndim == 2 and len(found) == len(images):
+        return found.shape[1]
+    what = _times(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    raise UsageError(
+        f"{loaded.name} does not return one tensor of logits (batch, classes).",
+        returned=f"{what} for {len(images)} images",
+        fix="wrap it in a module whose forward returns the logits alone",
+    )
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "one number"
 
 
 def check_classes(model: Loaded, num_classes: int, split: Split) -> None:
@@ -175,6 +216,8 @@ def check_threads(count: int) -> int:
 
 def write_text(path: Path, text: str) -> None:
     """A file whole or not at all."""
+    if path.exists() and not path.is_file():
+        raise ResourceError(f"{path} is not a regular file.", fix="name a file to write")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -9,6 +9,7 @@ import typer
 
 from kdsurgeon.cli import flags
 from kdsurgeon.cli.console import out, say
+from kdsurgeon.errors import UsageError
 
 
 def inspect(
@@ -53,6 +54,11 @@ def partition(
     """Align a teacher and a student: blocks, adapters, a forecast of what training costs."""
     size, pairs = flags.parse_size(input_size), flags.parse_pairs(pair)
     count = flags.parse_blocks(blocks)
+    if sum(given is not None for given in (plan, pairs, blocks)) > 1:
+        raise UsageError(
+            "--plan, --pair and --blocks exclude each other.",
+            fix="leave out --blocks: a plan and pairs already say how many there are",
+        )
     from kdsurgeon.cli.inputs import example_for, load_pair, plan_for, warn_if_larger, write_text
     from kdsurgeon.stones import certify, forecast
     from kdsurgeon.views import draw_plan, explain_table, plan_page, plan_table
@@ -90,11 +96,14 @@ def convert(
     say(str(done))
 
 
-def verify(folder: Annotated[Path, typer.Argument(help="a folder with a MANIFEST.json")]) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(help="a run, or a folder with a MANIFEST.json")],
+) -> None:
     """Compare every file of a folder with the size and sha256 in its manifest."""
     from kdsurgeon.runs import verify as verify_folder
 
-    say(f"{folder}: {verify_folder(folder)} files are what was written")
+    for part in sorted(folder.glob("checkpoints/step-*")) or [folder]:
+        say(f"{part}: {verify_folder(part)} files are what was written")
 
 
 def plugins() -> None:

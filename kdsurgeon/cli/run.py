@@ -88,11 +88,12 @@ def distill(
 
     given = {name: value for name, value in context.params.items() if value not in (None, [], ())}
     if resume is not None:
-        extra = sorted(set(given) - {"resume", "dry_run", "trust_code", "amp"})
+        known = {"resume", "trust_code"} if dry_run else {"resume", "trust_code", "dry_run"}
+        extra = sorted(set(given) - known)
         if extra:
             raise UsageError(
                 f"--resume goes on with the settings of the run; it does not take "
-                f"{', '.join(name.replace('_', '-') for name in extra)}.",
+                f"{', '.join(name.strip('_').replace('_', '-') for name in extra)}.",
                 fix="start a new run with another --output to change settings",
             )
         from kdsurgeon.cli.session import resume_session
@@ -109,6 +110,11 @@ def distill(
         key, value = parse_set(text)
         overrides[key], spelled[key] = value, f"--set {text}"
     settings = read_config(config, overrides, spelled=spelled)
+    if settings.plan is not None and settings.blocks != "auto":
+        raise UsageError(
+            f"a plan and {settings.blocks} blocks are both asked for.",
+            fix="leave one out: the plan already says how many blocks there are",
+        )
     from kdsurgeon.cli.session import start_session
 
     return start_session(settings, trust_code or (), dry_run=dry_run)

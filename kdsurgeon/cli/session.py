@@ -24,7 +24,7 @@ from kdsurgeon.cli import inputs
 from kdsurgeon.cli.console import out, say, warn
 from kdsurgeon.data import Batches, Split
 from kdsurgeon.distillation import Distillation, chosen_depths, formula, prepare
-from kdsurgeon.errors import Interrupted, UsageError
+from kdsurgeon.errors import Interrupted, ModelFileError, UsageError
 from kdsurgeon.evaluation import Report, accuracy, evaluate
 from kdsurgeon.recipe import DataRecipe, RunConfig, read_config, write_yaml
 from kdsurgeon.runs import Run, environment
@@ -97,8 +97,10 @@ def open_session(settings: RunConfig, trust: Sequence[str], plan: Path | None) -
     teacher.model.to(device)
     student.model.to(device)
     example = torch.zeros((2, *split.train.input_size), device=device)
-    blocks = settings.blocks if settings.method == "block-kd" else 0  # the others need no cut
-    found = inputs.plan_for(teacher, student, example, plan=plan, blocks=blocks)
+    if settings.method == "block-kd":
+        found = inputs.plan_for(teacher, student, example, plan=plan, blocks=settings.blocks)
+    else:  # needs no cut
+        found = inputs.plan_for(teacher, student, example, plan=None, blocks=0)
     inputs.check_classes(teacher, found.teacher.trace.num_classes, split)
     train, validation = inputs.batches(settings, split)
     return Session(settings, teacher, student, split, train, validation, found)
@@ -122,11 +124,11 @@ def start_session(settings: RunConfig, trust: Sequence[str], *, dry_run: bool) -
 def resume_session(folder: Path, trust: Sequence[str]) -> None:
     """Go on with the run in ``folder``, from its newest whole checkpoint."""
     with Run.resume(folder) as run:
-        session = open_session(
-            read_config(folder / "config.yaml"), trust, plan=folder / "plan.yaml"
-        )
-        recorded = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        _check_same_files(session, recorded)
+        settings = read_config(folder / "config.yaml")
+        for complaint in run.latest_checkpoint()[1]:
+            warn(f"{complaint} An older one is used.")
+        session = open_session(settings, trust, plan=folder / "plan.yaml")
+        _check_same_files(session, _recorded(folder / "run.json"))
         ready = announce(session)
         _train(session, ready, run)
 
@@ -230,11 +232,7 @@ def evaluate_model(
     settings = RunConfig(
         teacher=source, student=source, data_dir=data_dir, data=DataRecipe(input_size=size)
     )
-    split = inputs.load_data(settings, loaded.card)
-    plan_example = torch.zeros((2, *split.train.input_size))
-    with torch.inference_mode():
-        classes = loaded.model(plan_example).shape[-1]
-    inputs.check_classes(loaded, classes, split)
+    split = inputs.data_for(loaded, settings)
     _, validation = inputs.batches(settings, split)
     found = accuracy(loaded.model, validation)
     say(f"{source}: accuracy {found:.2%} on {len(split.val):,} images of {split.val.name}")
@@ -261,6 +259,24 @@ def _record(session: Session, ready: Distillation) -> dict[str, Any]:
     }
 
 
+def _recorded(path: Path) -> dict[str, Any]:
+    """What :func:`_record` gave when the run began."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            "teacher": found["teacher"]["sha256"],
+            "student": found["student"]["sha256"],
+            "data": found["data"],
+            "threads": found["threads"],
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(
+            f"{path} is missing or damaged; the run cannot be resumed.",
+            why=f"{type(error).__name__}: {error}",
+            fix="start a new run with another --output",
+        ) from error
+
+
 def _check_same_files(session: Session, recorded: dict[str, Any]) -> None:
     found = {
         "teacher": session.teacher.sha256,
@@ -269,12 +285,10 @@ def _check_same_files(session: Session, recorded: dict[str, Any]) -> None:
         "threads": torch.get_num_threads(),
     }
     for name, value in found.items():
-        before = recorded[name]
-        before = before["sha256"] if isinstance(before, dict) else before
-        if before != value:
+        if recorded[name] != value:
             raise UsageError(
                 f"the {name} of this run changed since it began.",
-                before=str(before),
+                before=str(recorded[name]),
                 now=str(value),
                 fix="put it back as it was, or start a new run with another --output",
             )

@@ -97,6 +97,14 @@ def _summary(epochs: Sequence[Mapping[str, Any]], teacher_accuracy: float | None
     return _facts(facts | {"training": f"{number} in {seconds}"})
 
 
+_HEADINGS = {
+    "total": "Loss, weighted sum",
+    "ce": "Cross-entropy with the labels",
+    "kd": "Distance to the teacher",
+    "cross": "Distance to the mean of the stones",
+}
+
+
 def _curves(epochs: Sequence[Mapping[str, Any]], teacher_accuracy: float | None) -> Iterable[str]:
     names = list(dict.fromkeys(name for line in epochs for name in line.get("losses", {})))
     for kind in dict.fromkeys(name.split(" ")[0] for name in names):
@@ -107,13 +115,7 @@ def _curves(epochs: Sequence[Mapping[str, Any]], teacher_accuracy: float | None)
             for name in names
             if name.split(" ")[0] == kind
         }
-        heading = {
-            "total": "Loss, weighted sum",
-            "ce": "Cross-entropy with the labels",
-            "kd": "Distance to the teacher",
-            "cross": "Distance to the mean of the stones",
-        }.get(kind, kind)
-        yield f"<h2>{escape(heading)}</h2>"
+        yield f"<h2>{escape(_HEADINGS.get(kind, kind))}</h2>"
         yield line_chart(losses, title=f"{kind} by epoch", text="{:.3g}".format)
     accuracy = [(line["epoch"], line.get("accuracy")) for line in epochs]
     if any(value is not None for _, value in accuracy):

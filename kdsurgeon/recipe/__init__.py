@@ -1,0 +1,28 @@
+"""Every number of a run as frozen records, read from YAML 1.2 and written back; without torch."""
+
+from kdsurgeon.recipe.config import parse_set, read_config
+from kdsurgeon.recipe.records import (
+    DataRecipe,
+    LossRecipe,
+    OptimRecipe,
+    Recipe,
+    RunConfig,
+    Section,
+)
+from kdsurgeon.recipe.writing import write_yaml
+from kdsurgeon.recipe.yaml import Document, parse_yaml, read_yaml
+
+__all__ = [
+    "DataRecipe",
+    "Document",
+    "LossRecipe",
+    "OptimRecipe",
+    "Recipe",
+    "RunConfig",
+    "Section",
+    "parse_set",
+    "parse_yaml",
+    "read_config",
+    "read_yaml",
+    "write_yaml",
+]

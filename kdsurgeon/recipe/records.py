@@ -1,0 +1,359 @@
+"""Hold every number of a run in frozen, validated records.
+
+Nothing is coerced: ``"3"`` is not 3, 3.0 is not a whole number, ``true`` is not 1. This module must
+not import torch: a wrong configuration is answered before torch could have been loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
+from pydantic_core.core_schema import ValidationInfo
+
+from kdsurgeon.errors import ConfigError
+from kdsurgeon.plugins import installed
+from kdsurgeon.recipe.refusals import Must, contradict, did_you_mean, explain
+
+# What a value may be. ``Must`` is the half sentence that an error finishes: "… must be <this>".
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _known_distance(name: Any) -> Any:
+    if isinstance(name, str) and name != "kl" and name not in (known := installed("distances")):
+        names = sorted({"kl", *known})
+        contradict(("", f'no distance is called "{name}"{did_you_mean(name, names)}'))
+    return name
+
+
+def _known_stones(value: Any) -> Any:
+    if isinstance(value, str):
+        if not re.fullmatch(r"all|drop-first|last-[1-9][0-9]{0,3}", value):
+            raise ValueError
+        return value
+    depths = _as_tuple(value)
+    if not (isinstance(depths, tuple) and depths and all(type(depth) is int for depth in depths)):
+        raise ValueError
+    if not 1 <= depths[0] <= depths[-1] <= 9_999:
+        raise ValueError
+    return _rising(depths)
+
+
+def _rising(numbers: tuple[float, ...]) -> tuple[float, ...]:
+    if any(low >= high for low, high in pairwise(numbers)):
+        raise ValueError
+    return numbers
+
+
+def _auto_or_count(value: Any) -> Any:
+    if value != "auto" and not (type(value) is int and 1 <= value <= 1_000_000):
+        raise ValueError
+    return value
+
+
+Positive = Annotated[float, Field(gt=0), Must("a number above 0")]
+NotNegative = Annotated[
+    float,
+    Field(ge=0),
+    BeforeValidator(lambda value: 0.0 if type(value) is float and value == 0 else value),  # no -0.0
+    Must("a number of 0 or more"),
+]
+Share = Annotated[float, Field(ge=0, le=1), Must("a number from 0 to 1")]
+Below1 = Annotated[float, Field(ge=0, lt=1), Must("a number from 0 to below 1")]
+Inside01 = Annotated[float, Field(gt=0, lt=1), Must("a number above 0 and below 1")]
+Count = Annotated[int, Field(ge=1, le=1_000_000), Must("a whole number from 1 to 1,000,000")]
+Tolerance = Annotated[int, Field(ge=0, le=1_000_000), Must("a whole number from 0 to 1,000,000")]
+Seed = Annotated[int, Field(ge=0, lt=2**32), Must("a whole number from 0 to 4,294,967,295")]
+Switch = Annotated[bool, Must("true or false")]
+Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$"), Must("text on one line, not empty")]
+OptionalText = Annotated[Text | None, Must("text on one line, not empty, or null")]
+Distance = Annotated[Text, BeforeValidator(_known_distance)]
+Blocks = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(_auto_or_count),
+    Must('"auto" or a whole number from 1 to 1,000,000', ("auto",)),
+]
+Stones = Annotated[
+    str | tuple[int, ...],
+    BeforeValidator(_known_stones),
+    Must(
+        '"all", "last-K" (K of 1 or more), "drop-first", or a list of depths of 1 or more'
+        " in rising order, such as [1, 3]",
+        ("all", "last-1", "last-2", "last-3", "drop-first"),
+    ),
+]
+Shares = Annotated[
+    tuple[Inside01, ...],
+    BeforeValidator(_as_tuple),
+    AfterValidator(_rising),
+    Must("a list of numbers above 0 and below 1 in rising order"),
+]
+Mean = Annotated[
+    Annotated[tuple[float, ...], Field(min_length=1)] | None,
+    BeforeValidator(_as_tuple),
+    Must("a list of numbers, one per channel, or null"),
+]
+Std = Annotated[
+    Annotated[tuple[Positive, ...], Field(min_length=1)] | None,
+    BeforeValidator(_as_tuple),
+    Must("a list of numbers above 0, one per channel, or null"),
+]
+InputSize = Annotated[
+    tuple[Count, Count, Count] | None,
+    BeforeValidator(_as_tuple),
+    Must("a list of three whole numbers (channels, height, width), or null"),
+]
+Device = Annotated[
+    str,
+    Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"),
+    Must('"auto", "cpu", "cuda", "cuda:N" or "mps"', ("auto", "cpu", "cuda", "cuda:0", "mps")),
+]
+
+
+class Section(BaseModel):
+    """What all parts of a recipe share: frozen, strict, no unknown key, errors as ConfigError."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            found = explain(type(self), error)
+            raise ConfigError(
+                "\n".join(f"{type(self).__name__}: {text}" for _, text in found)
+            ) from error
+
+    # pydantic's own mark: without it a section inside a recipe would be built by the method above,
+    # and its ConfigError would hide the problems of the other sections.
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
+
+    def dump(self) -> dict[str, Any]:
+        """Every key with its value as plain dicts, lists and scalars, for :func:`write_yaml`."""
+        return self.model_dump(mode="json")
+
+    def replace(self, **changes: Any) -> Self:
+        """The same with other values, validated again; sections as records or dicts.
+
+        >>> Recipe(epochs=3).replace(method="kd").epochs
+        3
+        """
+        return type(self)(**{**dict(self), **changes})
+
+    def hash(self) -> str:
+        """The sha256 of the canonical dump, as 64 hexadecimal digits: equal for equal values.
+
+        >>> Recipe(epochs=3).hash() == Recipe(epochs=3, seed=0).hash() != Recipe(epochs=4).hash()
+        True
+        """
+        canonical = json.dumps(self.dump(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class LossRecipe(Section):
+    """The weights of L = α·L_task + β·L_distill + γ·L_cross and what goes into its terms.
+
+    Yu et al. 2024, arXiv 2411.01547, for the terms; each field says whether its number is theirs.
+    """
+
+    ce_weight: NotNegative = 1.0
+    """α, factor of the cross-entropy terms, no unit; ours"""
+    kd_weight: NotNegative = 1.0
+    """β, factor of the terms against the teacher, no unit; ours"""
+    cross_weight: NotNegative = 1.0
+    """γ, factor of the terms against the mean of the stones, no unit; ours"""
+    cross_start: Share = 200 / 240
+    """share of the run after which γ applies, 0 at once, 1 never; epoch 200 of 240 in
+    Yu et al. 2024, arXiv 2411.01547"""
+    temperature: Positive = 4.0
+    """τ, divides the logits, no unit; ours: 4 suits CIFAR, 1 ImageNet"""
+    distance: Distance = "kl"
+    """the logit distance d, by plugin name; kl is that of Yu et al. 2024, arXiv 2411.01547"""
+    stones: Stones = "all"
+    """the stepping stones trained through, by depth; all in Yu et al. 2024, arXiv 2411.01547,
+    the smaller sets are ours"""
+    stone_warmup: NotNegative = 0.0
+    """epochs over which the weights of the stones rise linearly from 0; ours"""
+    label_smoothing: Below1 = 0.0
+    """share of the label spread over all classes, no unit; ours"""
+
+    @field_validator("cross_weight")
+    @classmethod
+    def _some_weight(cls, value: float, info: ValidationInfo) -> float:
+        if value == info.data.get("ce_weight") == info.data.get("kd_weight") == 0:
+            text = "ce_weight, kd_weight and cross_weight are all 0: nothing to learn from"
+            contradict(("", text))
+        return value
+
+
+class OptimRecipe(Section):
+    """The optimiser of student and adapters and its learning rate over the run."""
+
+    opt: Literal["sgd", "adamw"] = "adamw"
+    """the optimiser; ours"""
+    lr: Positive = 1e-3
+    """highest learning rate, per update; ours, for adamw (CIFAR protocol with sgd: 0.05)"""
+    momentum: Below1 = 0.9
+    """momentum of sgd, without Nesterov, no unit; CIFAR protocol of RepDistiller"""
+    weight_decay: NotNegative = 0.01
+    """weight decay, per update; ours, for adamw (CIFAR protocol with sgd: 0.0005)"""
+    sched: Literal["cosine", "step", "constant"] = "cosine"
+    """course of the learning rate after the warm-up; ours"""
+    decay_at: Shares = (150 / 240, 180 / 240, 210 / 240)
+    """shares of the run after which sched step multiplies lr by decay_rate; epochs 150, 180 and 210
+    of 240 in the CIFAR protocol of RepDistiller"""
+    decay_rate: Annotated[float, Field(gt=0, le=1), Must("a number above 0, at most 1")] = 0.1
+    """factor of lr at each decay_at, no unit; CIFAR protocol of RepDistiller"""
+    warmup_epochs: NotNegative = 0.0
+    """epochs over which lr rises linearly to its highest value; ours"""
+    min_lr: NotNegative = 0.0
+    """lowest learning rate, per update; ours"""
+    clip_grad: Annotated[Positive | None, Must("a number above 0, or null")] = None
+    """largest norm of the gradient, null for no clipping; ours"""
+    grad_accum_steps: Count = 1
+    """batches summed into one update; ours"""
+
+    @field_validator("min_lr")
+    @classmethod
+    def _below_lr(cls, value: float, info: ValidationInfo) -> float:
+        if value > info.data.get("lr", math.inf):
+            contradict(("", f"min_lr ({value}) is above lr ({info.data['lr']})"))
+        return value
+
+
+class DataRecipe(Section):
+    """What happens to the images before a model sees them."""
+
+    augment: Literal["auto", "none", "shift", "shift-flip"] = "auto"
+    """random changes of training images: shift moves by a few pixels, flip mirrors left and right,
+    auto lets the data set choose; ours"""
+    val_split: Annotated[Inside01 | None, Must("a number above 0 and below 1, or null")] = None
+    """share of the images held out where the data has no split of its own; null: 0.2, and 0.25 of
+    the digits; ours"""
+    max_bad_images: Tolerance = 0
+    """unreadable images that are left out, by name, before the run refuses; ours"""
+    mean: Mean = None
+    """subtracted per channel, pixels in 0 … 1; null: as the teacher was trained, or measured"""
+    std: Std = Field(default=None, validate_default=True)
+    """divides per channel, pixels in 0 … 1; null: as the teacher was trained, or measured"""
+    input_size: InputSize = None
+    """channels, height and width in pixels, as timm has them; null: as teacher or data have them"""
+
+    @field_validator("std")
+    @classmethod
+    def _fits_mean(cls, std: Std, info: ValidationInfo) -> Std:
+        if "mean" in info.data and len(info.data["mean"] or ()) != len(std or ()):
+            text = "mean and std must have the same number of channels, or both be null"
+            contradict(("", text))
+        return std
+
+
+class Recipe(Section):
+    """Every number of a run that does not name a file.
+
+    Sections may be given as records or as dicts. Raises :class:`ConfigError` with every problem.
+
+    >>> Recipe(epochs=3, loss={"temperature": 2.0}).loss.temperature
+    2.0
+    >>> Recipe(epoch=3)
+    Traceback (most recent call last):
+    kdsurgeon.errors.ConfigError: Recipe: unknown key "epoch"; did you mean "epochs"?
+    """
+
+    method: Literal["ce", "kd", "block-kd"] = "block-kd"
+    """ce: labels only; kd: the logits of the teacher, too; block-kd: and the stepping stones of
+    Yu et al. 2024, arXiv 2411.01547"""
+    epochs: Count = 30
+    """passes over the training images; ours (240 in Yu et al. 2024, arXiv 2411.01547)"""
+    batch_size: Count = 64
+    """images in a batch; CIFAR protocol of RepDistiller"""
+    seed: Seed = 0
+    """the one seed of new weights, order and augmentation; ours"""
+    device: Device = "auto"
+    """where to compute, in torch's words; ours"""
+    threads: Annotated[Count | None, Must("a whole number from 1 to 1,000,000, or null")] = None
+    """CPU threads, null: as torch chooses; the last bits of every result depend on it; ours"""
+    amp: Switch = False
+    """compute in mixed precision (autocast); ours"""
+    amp_dtype: Literal["bfloat16"] = "bfloat16"
+    """number format under amp; ours: it needs no loss scaling"""
+    loss: LossRecipe = LossRecipe()
+    """the loss"""
+    optim: OptimRecipe = OptimRecipe()
+    """the optimiser"""
+    data: DataRecipe = DataRecipe()
+    """the data"""
+
+    @field_validator("loss")
+    @classmethod
+    def _loss_fits(cls, loss: LossRecipe, info: ValidationInfo) -> LossRecipe:
+        found = list(_loss_contradictions(loss, info.data.get("method"), info.data.get("epochs")))
+        return loss if not found else contradict(*found)
+
+    @field_validator("optim")
+    @classmethod
+    def _optim_fits(cls, optim: OptimRecipe, info: ValidationInfo) -> OptimRecipe:
+        epochs = info.data.get("epochs", math.inf)
+        if optim.warmup_epochs >= epochs:
+            text = f"warmup_epochs ({optim.warmup_epochs}) leaves nothing of {epochs} epochs"
+            contradict(("warmup_epochs", text))
+        return optim
+
+
+def _loss_contradictions(
+    loss: LossRecipe, method: str | None, epochs: int | None
+) -> Iterator[tuple[str, str]]:
+    """(key, sentence) of what ``loss`` has against the other values; None for one that is wrong."""
+    if loss.stone_warmup > (epochs or math.inf):
+        yield "stone_warmup", f"stone_warmup ({loss.stone_warmup}) is above epochs ({epochs})"
+    if method == "ce" and loss.ce_weight == 0:
+        yield "ce_weight", "ce_weight is 0: method ce has nothing to learn from"
+    if method == "kd" and loss.ce_weight == loss.kd_weight == 0:
+        yield "kd_weight", "ce_weight and kd_weight are 0: method kd has nothing to learn from"
+    if method == "block-kd" and loss.ce_weight == loss.kd_weight == 0 < loss.cross_start:
+        why = "ce_weight and kd_weight are 0, so nothing is learned before cross_start"
+        yield "cross_start", f"{why}; set cross_start to 0"
+
+
+class RunConfig(Recipe):
+    """A recipe and what it is applied to: all that ``kdsurgeon distill`` needs to know."""
+
+    teacher: Text
+    """the teacher: a model file or SOURCE/NAME"""
+    student: Text
+    """the student: a model file or SOURCE/NAME"""
+    teacher_arch: OptionalText = None
+    """architecture SOURCE/NAME for a teacher file that holds only tensors"""
+    student_arch: OptionalText = None
+    """architecture SOURCE/NAME for a student file that holds only tensors"""
+    data_dir: Text
+    """the data: a folder, an .npz file, or digits"""
+    output: OptionalText = None
+    """the run folder, null: a new one is named"""
+    plan: OptionalText = None
+    """a plan file to follow, null: plan afresh"""
+    blocks: Blocks = "auto"
+    """blocks to cut both models into; ours"""
