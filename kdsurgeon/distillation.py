@@ -118,7 +118,8 @@ def prepare(
         return _alone(student, batches, recipe, validation, measured)
     if plan is None:
         blocks = "auto" if recipe.method == "block-kd" else 0
-        plan = partition(teacher, student, next(iter(batches))[0][:2], blocks=blocks)
+        example = next(iter(batches))[0][:2].to(next(student.parameters()).device)
+        plan = partition(teacher, student, example, blocks=blocks)
     stones = synthesize(plan, depths=chosen_depths(plan, recipe), seed=recipe.seed)
     loss = loss_function(plan, recipe, stones.depths)
     return Distillation(stones, loss, plan, batches, recipe, validation, measured)
@@ -242,6 +243,7 @@ def _resume(ready: Distillation, state: TrainingState, run: Run) -> None:
     for complaint in complaints:
         run.log(complaint)
     if checkpoint is None:
+        _save(ready, state, run)  # whether the disk can take it shows before the first step
         return
     ready.load(checkpoint)
     state.restore(checkpoint.state["training"], checkpoint.tensors["optimizer"])
@@ -263,8 +265,11 @@ def _keep(
     save_model(student, run.path / "student" / "last.safetensors", card)
     if epoch.is_complete and (epoch.accuracy or 0.0) > best:
         save_model(student, run.path / "student" / "best.safetensors", card)
-    tensors = {"student": student.state_dict(), "optimizer": state.tensors()}
-    if ready.depths:
-        assert isinstance(ready.model, SteppingStones)
+    _save(ready, state, run)
+
+
+def _save(ready: Distillation, state: TrainingState, run: Run) -> None:
+    tensors = {"student": ready.student.state_dict(), "optimizer": state.tensors()}
+    if isinstance(ready.model, SteppingStones) and ready.depths:
         tensors["adapters"] = ready.model.adapters.state_dict()
     run.save_checkpoint(state.step, tensors, {"training": state.numbers()})

@@ -66,10 +66,15 @@ class Run:
     @classmethod
     def resume(cls, path: str | Path) -> Run:
         """An existing run folder. Raises :class:`UsageError` when there is no run in it."""
+        return cls._open(cls.look(path).path)
+
+    @classmethod
+    def look(cls, path: str | Path) -> Run:
+        """An existing run folder to read from, also while it is in use."""
         path = Path(path)
         if not (path / "config.yaml").is_file():
             raise UsageError(f"{path} holds no run.", fix="name the folder of an earlier --output")
-        return cls._open(path)
+        return cls(path, None)
 
     @classmethod
     def _open(cls, path: Path) -> Run:
@@ -98,7 +103,8 @@ class Run:
         return cls(path, lock)
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> Run:
         return self

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdsurgeon.errors import NumericsError
+from kdsurgeon.errors import NumericsError, UsageError
 from kdsurgeon.losses import Losses
 from kdsurgeon.recipe import OptimRecipe, Recipe
 
@@ -130,12 +130,12 @@ def train(
         NumericsError: loss or gradient is not finite; names the step; the step is not taken.
     """
     state = start(model, recipe) if state is None else state
+    count = _count(batches)
     device = next(model.parameters()).device
     while state.epoch < recipe.epochs:
         began = time.monotonic()
         seen = state.samples
         learning_rate = 0.0
-        count = len(batches)  # pyright: ignore[reportArgumentType]
         model.train()
         for images, target in _rest_of_epoch(batches, state):
             progress = (state.epoch * count + state.batch) / (recipe.epochs * count)
@@ -154,6 +154,17 @@ def train(
         yield finished
         if stop():
             return
+
+
+def _count(batches: Iterable[tuple[Tensor, Tensor]]) -> int:
+    """Batches in an epoch; the schedule needs to know it before the first step."""
+    count = len(batches) if isinstance(batches, Sized) else 0
+    if not count:
+        raise UsageError(
+            "the batches have no length, or there are none.",
+            fix="give a list or a DataLoader over a dataset with a length",
+        )
+    return count
 
 
 def _rest_of_epoch(

@@ -24,7 +24,7 @@ from kdsurgeon.cli import inputs
 from kdsurgeon.cli.console import out, say, warn
 from kdsurgeon.data import Batches, Split
 from kdsurgeon.distillation import Distillation, chosen_depths, formula, prepare
-from kdsurgeon.errors import Interrupted, ModelFileError, UsageError
+from kdsurgeon.errors import Interrupted, ModelFileError, NumericsError, UsageError
 from kdsurgeon.evaluation import Report, accuracy, evaluate
 from kdsurgeon.recipe import DataRecipe, RunConfig, read_config, write_yaml
 from kdsurgeon.runs import Run, environment
@@ -127,8 +127,10 @@ def resume_session(folder: Path, trust: Sequence[str]) -> None:
         settings = read_config(folder / "config.yaml")
         for complaint in run.latest_checkpoint()[1]:
             warn(f"{complaint} An older one is used.")
+        recorded = _recorded(folder / "run.json")
+        torch.set_num_threads(recorded["threads"])  # another number gives other bits
         session = open_session(settings, trust, plan=folder / "plan.yaml")
-        _check_same_files(session, _recorded(folder / "run.json"))
+        _check_same_files(session, recorded)
         ready = announce(session)
         _train(session, ready, run)
 
@@ -171,10 +173,17 @@ def _rehearse(ready: Distillation) -> None:
 def _train(session: Session, ready: Distillation, run: Run) -> None:
     settings = session.settings
     with _interruptible() as interrupt, _display(settings) as display:
-        for epoch in ready.epochs(
+        epochs = ready.epochs(
             run=run, card=session.card, stop=lambda: bool(interrupt.signal), watch=display.step
-        ):
-            display.epoch(epoch)
+        )
+        try:
+            for epoch in epochs:
+                display.epoch(epoch)
+        except NumericsError as error:
+            checkpoint, _ = run.latest_checkpoint()
+            assert checkpoint is not None, "a run saves before its first step"
+            error.notes["kept"] = str(checkpoint.path)
+            raise
     if interrupt.signal and len(run.metrics()) < settings.epochs:
         name = signal.Signals(interrupt.signal).name
         raise Interrupted(
@@ -207,7 +216,7 @@ def _report(session: Session, ready: Distillation, run: Run, final: Report | Non
 
 def evaluate_run(folder: Path, trust: Sequence[str]) -> None:
     """Student, teacher and every stone of a run on its validation data."""
-    with Run.resume(folder) as run:
+    with Run.look(folder) as run:
         session = open_session(read_config(folder / "config.yaml"), trust, folder / "plan.yaml")
         checkpoint, complaints = run.latest_checkpoint()
         for complaint in complaints:
@@ -282,7 +291,6 @@ def _check_same_files(session: Session, recorded: dict[str, Any]) -> None:
         "teacher": session.teacher.sha256,
         "student": session.student.sha256,
         "data": session.split.fingerprint,
-        "threads": torch.get_num_threads(),
     }
     for name, value in found.items():
         if recorded[name] != value:

@@ -105,7 +105,8 @@ def block_kd_loss(
     weights = halving_weights(count) if weights is None else weights
     if len(weights) != count:
         raise ValueError(f"{len(weights)} weights for {count} stones")
-    everyone = torch.cat([logits.student[None], logits.stones])
+    everyone = _at_least_float32(torch.cat([logits.student[None], logits.stones]))
+    teacher = _at_least_float32(logits.teacher)
     factors = everyone.new_tensor([1.0, *weights])
     names = ["student", *(f"stone {depth}" for depth in logits.depths)]
     parts: dict[str, Tensor] = {}
@@ -115,11 +116,11 @@ def block_kd_loss(
         total = total + ce_weight * (factors * task).sum()
         parts |= _by_name("ce", names, task)
     if kd_weight:
-        distill = distance(everyone, logits.teacher, target, temperature)
+        distill = distance(everyone, teacher, target, temperature)
         total = total + kd_weight * (factors * distill).sum()
         parts |= _by_name("kd", names, distill)
     if cross_weight and count:
-        ensemble = logits.stones.mean(0).detach()
+        ensemble = everyone[1:].mean(0).detach()
         cross = distance(everyone, ensemble, target, temperature)
         total = total + cross_weight * cross.sum()
         parts |= _by_name("cross", names, cross)
@@ -130,6 +131,11 @@ def task_loss(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0) -
     """Cross-entropy alone, for a model that learns without a teacher."""
     task = functional.cross_entropy(logits, target, label_smoothing=label_smoothing)
     return Losses(task, {"ce student": task.detach()})
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    """Logits of mixed precision are too coarse for a logarithm of small probabilities."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _cross_entropy(everyone: Tensor, target: Tensor, label_smoothing: float) -> Tensor:

@@ -115,7 +115,8 @@ def _curves(epochs: Sequence[Mapping[str, Any]], teacher_accuracy: float | None)
             for name in names
             if name.split(" ")[0] == kind
         }
-        yield f"<h2>{escape(_HEADINGS.get(kind, kind))}</h2>"
+        heading = _HEADINGS.get(kind) or kind
+        yield f"<h2>{escape(heading)}</h2>"
         yield line_chart(losses, title=f"{kind} by epoch", text="{:.3g}".format)
     accuracy = [(line["epoch"], line.get("accuracy")) for line in epochs]
     if any(value is not None for _, value in accuracy):
