@@ -34,10 +34,13 @@ def main() -> None:
     for seed in range(count):
         for name, score, seconds in compare(seed):
             found.setdefault(name, []).append(score)
-            print(json.dumps({"seed": seed, "run": name, "accuracy": score, "seconds": seconds}))
+            print(
+                json.dumps({"seed": seed, "run": name, "accuracy": score, "seconds": seconds}),
+                flush=True,
+            )
     for name, scores in found.items():
         spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        print(f"{name:24} {statistics.mean(scores):.2%} ± {spread:.2%}")
+        print(f"{name:46} {statistics.mean(scores):.2%} ± {spread:.2%}")
 
 
 def compare(seed: int):
@@ -54,17 +57,20 @@ def compare(seed: int):
     *_, last = train_alone(teacher, batches(), TEACHER, validation=validation)
     yield "teacher", last.accuracy, time.monotonic() - began
     longer = round(EPOCHS * forecast(partition(teacher, student, torch.zeros(2, 1, 8, 8))).ratio)
-    runs = {
-        f"alone, {EPOCHS} epochs": Recipe(method="ce", epochs=EPOCHS),
-        f"alone, {longer} epochs": Recipe(method="ce", epochs=longer),
-        f"KD, {EPOCHS} epochs": Recipe(method="kd", epochs=EPOCHS),
-        f"KD, {longer} epochs": Recipe(method="kd", epochs=longer),
-        f"Block-KD, {EPOCHS} epochs": Recipe(method="block-kd", epochs=EPOCHS),
-        f"last stone, {EPOCHS} epochs": Recipe(epochs=EPOCHS, loss=LossRecipe(stones="last-1")),
-    }
-    for name, recipe in runs.items():
+    runs: list[tuple[str, int, LossRecipe]] = [
+        ("ce", EPOCHS, LossRecipe()),
+        ("ce", longer, LossRecipe()),
+        *(
+            (method, epochs, LossRecipe(temperature=temperature))
+            for temperature in (4.0, 2.0)
+            for method, epochs in (("kd", EPOCHS), ("kd", longer), ("block-kd", EPOCHS))
+        ),
+        ("block-kd", EPOCHS, LossRecipe(temperature=2.0, stones="last-2")),
+    ]
+    for method, epochs, loss in runs:
+        name = f"{method}, {epochs} epochs, τ {loss.temperature:g}, stones {loss.stones}"
         twin = copy.deepcopy(student)
-        chosen = recipe.replace(optim=OPTIM, seed=seed)
+        chosen = Recipe(method=method, epochs=epochs, loss=loss, optim=OPTIM, seed=seed)
         began = time.monotonic()
         ready = prepare(teacher, twin, batches(), recipe=chosen, validation=validation)
         *_, last = ready.epochs()

@@ -724,7 +724,9 @@ import kdsurgeon.checkpoints as checkpoints
 from kdsurgeon.errors import ModelFileError
 folder = Path(sys.argv[2])
 checkpoints.read_model(folder / "good.pt")
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# VmHWM and not ru_maxrss, which a child inherits from its parent
+status = lambda: Path('/proc/self/status').read_text()
+peak = lambda: int(status().split('VmHWM:')[1].split()[0]) * 1024
 pages = int(Path('/proc/self/statm').read_text().split()[1])
 before, report = pages * resource.getpagesize(), []
 for path in sorted(folder.glob("bomb-*"), key=lambda path: path.stat().st_size):

@@ -110,6 +110,7 @@ def partition(
     Raises:
         TraceError, AlignmentError, PlanError.
 
+    >>> import torch
     >>> def net(width):
     ...     return nn.Sequential(
     ...         nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),

@@ -118,6 +118,7 @@ def synthesize(
         PlanError: a depth that the plan lacks, or ``merge=True`` for a teacher whose tail mixes
             the samples of a batch.
 
+    >>> from kdsurgeon.stones import partition
     >>> def net(width):
     ...     return nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
     ...                          nn.Flatten(), nn.Linear(width, 10))
