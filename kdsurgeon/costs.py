@@ -6,16 +6,16 @@ per sample. Element-wise work is not counted; it is within 4 % for usual network
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdsurgeon.tracing import Trace, call_on_fakes
+from kdsurgeon.tracing import Trace, evaluate
 
 
 @dataclass(frozen=True)
@@ -44,65 +44,50 @@ def node_costs(trace: Trace) -> dict[str, Cost]:
     >>> costs["0"].multiply_adds, costs["2"].multiply_adds, costs["2"].parameters
     (72, 40, 45)
     """
-    return _Counter(trace).count()
+    kept = trace.graph_module.meta
+    if "costs" not in kept:
+        kept["costs"] = _count(trace)
+    return kept["costs"]
 
 
 def total(costs: Iterable[Cost]) -> Cost:
     return sum(costs, Cost())
 
 
-def module_cost(module: nn.Module, inputs: Sequence[tuple[int, ...]], dtype: Any) -> Cost:
-    """The cost of running ``module`` once on inputs of these shapes (without the batch axis)."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, FlopCounterMode(display=False) as flops, torch.no_grad():
-        before = module.training
-        module.eval()
-        values = [torch.empty((1, *shape), dtype=dtype) for shape in inputs]
-        out = module(*values)
-        module.train(before)
+def module_cost(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Cost:
+    """The cost of running ``module`` on one input of this shape (without the batch axis)."""
+    bare = copy.deepcopy(module).to("meta").eval()
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        out = bare(torch.empty((1, *shape), dtype=dtype, device="meta"))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     return Cost(flops.get_total_flops() // 2, parameters, out.numel() * out.element_size())
 
 
-class _Counter(fx.Interpreter):
-    """Runs a trace on fake tensors of batch one and books what each node adds."""
+def _count(trace: Trace) -> dict[str, Cost]:
+    batch = len(trace.example)
+    model = trace.graph_module
+    counted: set[int] = set()
+    costs = {}
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        for node in model.graph.nodes:
+            before = flops.get_total_flops()
+            computes = node.op not in ("placeholder", "output", "get_attr")
+            value = evaluate(node, model) if computes else None
+            size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+            costs[node.meta["qualname"]] = Cost(
+                multiply_adds=(flops.get_total_flops() - before) // (2 * batch),
+                parameters=_new_parameters(node, model, counted),
+                activation_bytes=size // batch,
+            )
+    return costs
 
-    def __init__(self, trace: Trace) -> None:
-        super().__init__(trace.graph_module)
-        self.trace = trace
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.flops = FlopCounterMode(display=False)
-        self.counted: set[int] = set()
-        self.costs: dict[str, Cost] = {}
 
-    def count(self) -> dict[str, Cost]:
-        with self.fake, self.flops, torch.no_grad():
-            # two samples, halved: some models treat a batch of one differently
-            example = torch.empty_like(self.trace.example[:1]).repeat(2, 1, 1, 1)
-            self.run(example)
-        return self.costs
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return call_on_fakes(self.fetch_attr(str(target)), self.fake, args, kwargs)
-
-    def run_node(self, n: fx.Node) -> Any:
-        before = self.flops.get_total_flops()
-        value = super().run_node(n)
-        size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
-        self.costs[n.meta["qualname"]] = Cost(
-            multiply_adds=(self.flops.get_total_flops() - before) // 4,
-            parameters=self._new_parameters(n),
-            activation_bytes=size // 2 if n.op not in ("placeholder", "output", "get_attr") else 0,
-        )
-        return value
-
-    def _new_parameters(self, node: fx.Node) -> int:
-        if node.op == "call_module":
-            parameters = self.fetch_attr(str(node.target)).parameters()
-        elif node.op == "get_attr" and isinstance(self.fetch_attr(str(node.target)), nn.Parameter):
-            parameters = [self.fetch_attr(str(node.target))]
-        else:
-            return 0
-        new = [parameter for parameter in parameters if id(parameter) not in self.counted]
-        self.counted.update(id(parameter) for parameter in new)
-        return sum(parameter.numel() for parameter in new)
+def _new_parameters(node: fx.Node, model: nn.Module, counted: set[int]) -> int:
+    """How many parameters ``node`` reads that no node before it read."""
+    if node.op not in ("call_module", "get_attr"):
+        return 0
+    owner = operator.attrgetter(str(node.target))(model)
+    own = owner.parameters() if isinstance(owner, nn.Module) else [owner]
+    new = [p for p in own if isinstance(p, nn.Parameter) and id(p) not in counted]
+    counted.update(map(id, new))
+    return sum(parameter.numel() for parameter in new)

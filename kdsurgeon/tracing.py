@@ -1,9 +1,9 @@
 """Capture a model as a graph whose values know their shapes.
 
-The tracer carries values: beside every node stands what the node is for the example input (a fake
-tensor, a number, a size), so control flow on shapes runs as ordinary Python while sizes used as
-data stay in the graph and the batch stays dynamic. Nothing is computed for real and nothing of the
-model changes: not its mode, buffers, hooks or the random state.
+The tracer carries values: beside every node stands what the node is for the example input (a tensor
+without data, a number, a size), so control flow on shapes runs as ordinary Python while sizes used
+as data stay in the graph and the batch stays dynamic. Nothing is computed for real and nothing of
+the model changes: not its mode, buffers, hooks or the random state.
 
 A graph freezes ``if self.training`` at capture. Capture a model once in each mode you need.
 """
@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 from torch.fx.proxy import Attribute
 
 from kdsurgeon.errors import TraceError
 
 _CONSTANT_ATTRIBUTES = frozenset(
-    {"dtype", "device", "ndim", "is_cuda", "is_sparse", "is_quantized", "layout", "requires_grad"}
+    {"dtype", "ndim", "is_cuda", "is_sparse", "is_quantized", "layout", "requires_grad"}
 )
 _IN_PLACE_OPERATORS = frozenset(
     {
@@ -121,6 +120,8 @@ class _ValueProxy(fx.Proxy):
     def __getattr__(self, attribute: str) -> Any:
         value = self._value
         if isinstance(value, Tensor):
+            if attribute == "device":
+                return self.tracer.device  # pyright: ignore[reportAttributeAccessIssue]
             if attribute in _CONSTANT_ATTRIBUTES:
                 return getattr(value, attribute)
             if attribute in ("shape", "T", "mT", "H", "mH", "data"):
@@ -157,12 +158,15 @@ class _DataDependent(Exception):
 
 
 class _ValueTracer(fx.Tracer):
-    """Records operations, and runs each on fake tensors as it is recorded."""
+    """Records operations, and runs each on tensors without data as it is recorded.
+
+    Those are meta tensors: twice as fast as fake ones, which check devices and aliases besides.
+    """
 
     def __init__(self, example: Tensor) -> None:
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.example = self.fake.from_tensor(example)
+        self.example = _without_data(example)
+        self.device = example.device
         self.leaves: set[nn.Module] = set()
         self.last_target = "input"
         self._evaluating = False
@@ -247,35 +251,49 @@ class _ValueTracer(fx.Tracer):
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
             return self.example
-        args, kwargs = map_arg((node.args, node.kwargs), lambda other: other.meta["val"])
         self._evaluating = True
         try:
-            with self.fake:
-                if node.op == "get_attr":
-                    return self.fake.from_tensor(_attribute(self.root, str(node.target)))
-                if node.op == "call_module":
-                    leaf = self.root.get_submodule(str(node.target))
-                    return call_on_fakes(leaf, self.fake, args, kwargs)
-                if node.op == "call_method":
-                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+            return evaluate(node, self.root)
         finally:
             self._evaluating = False
 
 
-def call_on_fakes(leaf: nn.Module, fake: FakeTensorMode, args: Any, kwargs: Any) -> Any:
-    """Run a module on fake weights and buffers, so that none of its own is written to.
+def evaluate(node: fx.Node, root: nn.Module) -> Any:
+    """What ``node`` gives for the recorded values of its inputs, computed on tensors without data.
 
-    Hooks before the call run, as weight normalisation is one; hooks after it do not.
+    Weights and buffers are stood in for, so that none is written to. Hooks before a module's call
+    run, as weight normalisation is one; hooks after it do not.
     """
-    state = [*leaf.named_parameters(), *leaf.named_buffers()]
-    fakes: dict[str, Tensor] = {name: fake.from_tensor(value) for name, value in state}
-    with _without_hooks(leaf):
-        return torch.func.functional_call(leaf, fakes, args, kwargs)
+    args, kwargs = _on_meta(map_arg((node.args, node.kwargs), lambda other: other.meta["val"]))
+    target = str(node.target)
+    if node.op == "get_attr":
+        return _on_meta(operator.attrgetter(target)(root))
+    if node.op == "call_module":
+        leaf = root.get_submodule(target)
+        state = [*leaf.named_parameters(), *leaf.named_buffers()]
+        stand_ins = {name: _without_data(value) for name, value in state}
+        with _without_hooks(leaf):
+            return _on_meta(torch.func.functional_call(leaf, stand_ins, args, kwargs))
+    if node.op == "call_method":
+        return _on_meta(getattr(args[0], target)(*args[1:], **kwargs))
+    return _on_meta(node.target(*args, **kwargs))  # pyright: ignore[reportCallIssue]
 
 
-def _attribute(root: nn.Module, path: str) -> Any:
-    return operator.attrgetter(path)(root)
+def _on_meta(value: Any) -> Any:
+    """``value`` with every tensor in it, and every device, on the device without data."""
+    if isinstance(value, Tensor):
+        return value if value.is_meta else _without_data(value)
+    if isinstance(value, torch.device):
+        return torch.device("meta")
+    if type(value) in (tuple, list):
+        return type(value)(_on_meta(item) for item in value)
+    if type(value) is dict:
+        return {key: _on_meta(item) for key, item in value.items()}
+    return value
+
+
+def _without_data(value: Tensor) -> Tensor:
+    return torch.empty_like(value, device="meta", requires_grad=False)
 
 
 @contextmanager
@@ -386,18 +404,19 @@ def _explain(
         return error
     place = f"{tracer.last_target}, {_source_line(error)}"
     shape = "×".join(map(str, example.shape[1:]))
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = _first_line(error)
     if isinstance(error, _DataDependent):
         return TraceError(
             f"{name} cannot be captured as a graph: {reason}.",
             where=place,
             fix="move the decision out of forward, or hand kdsurgeon the part without it",
         )
-    if not _accepts(model, example):
+    refusal = _refusal(model, example)
+    if refusal is not None:
         return TraceError(
             f"{name} does not accept an input of shape {shape}.",
-            where=place,
-            why=reason,
+            where=f"{tracer.last_target}, {_source_line(refusal)}",
+            why=_first_line(refusal),
             fix="give the size the model was made for: --input-size C,H,W",
         )
     return TraceError(
@@ -407,14 +426,18 @@ def _explain(
     )
 
 
-def _accepts(model: nn.Module, example: Tensor) -> bool:
-    """Whether the model runs on the example at all, outside of any capture."""
+def _refusal(model: nn.Module, example: Tensor) -> Exception | None:
+    """What the model itself says to the example, outside of any capture."""
     try:
         with in_mode(model, training=False), torch.no_grad():
             model(example)
-    except Exception:
-        return False
-    return True
+    except Exception as error:
+        return error
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _source_line(error: Exception) -> str:

@@ -49,7 +49,7 @@ def forecast(plan: Plan, depths: Sequence[int] | None = None) -> Forecast:
 
 
 def adapter_cost(stone: Stone) -> Cost:
-    return module_cost(adapters.build(stone.adapter), [stone.adapter.source], torch.float32)
+    return module_cost(adapters.build(stone.adapter), stone.adapter.source, torch.float32)
 
 
 def tail_cost(plan: Plan, stone: Stone) -> Cost:
