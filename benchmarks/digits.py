@@ -1,8 +1,23 @@
-"""The demo's comparison over several seeds: does a stone help a tiny student on the digits?
+"""The demo's comparison over several seeds: do stones help a tiny student on the digits?
 
     python benchmarks/digits.py --seeds 5
 
-Not measured yet.
+Accuracy after the last epoch on 450 held-out images, mean ± sd over 5 seeds; 2 CPU cores (1 thread
+used), torch 2.13.0, 2026-11-21; the raw lines are in digits.jsonl.
+
+    teacher, 887 k parameters                   97.24% ± 1.01%
+    student, 3.7 k parameters                   τ = 4              τ = 2
+    alone, 20 epochs                            88.62% ± 4.77%
+    alone, 70 epochs                            95.42% ± 1.26%
+    KD, 20 epochs                               92.09% ± 1.62%     90.27% ± 1.61%
+    KD, 70 epochs (the compute of Block-KD)     96.27% ± 0.82%     96.04% ± 0.91%
+    Block-KD, 20 epochs                         92.09% ± 1.18%     93.87% ± 0.94%
+    Block-KD, 20 epochs, last two stones                           91.87% ± 1.40%
+
+Per epoch, Block-KD at its better temperature is 1.8 points above KD at its own; at the published
+temperature of 4 it is not better. Per multiply-add it loses: plain KD for as much compute is 2.4
+points above. A student this small is far from converged after 20 epochs (440 steps), so
+whatever runs longer wins; digits cannot tell methods apart that differ by less than a point.
 """
 
 from __future__ import annotations

@@ -55,13 +55,8 @@ class Run:
     @classmethod
     def create(cls, path: str | Path) -> Run:
         """A new, empty run folder. Raises :class:`UsageError` when one with a run is there."""
-        path = Path(path)
-        if (path / "config.yaml").exists():
-            raise UsageError(
-                f"{path} already holds a run.",
-                fix=f"go on with it: kdsurgeon distill --resume {path}\nor name another --output",
-            )
-        return cls._open(path)
+        check_is_free(path)
+        return cls._open(Path(path))
 
     @classmethod
     def resume(cls, path: str | Path) -> Run:
@@ -184,6 +179,15 @@ class Run:
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("step-*"))
+
+
+def check_is_free(path: str | Path) -> None:
+    """Raises :class:`UsageError` when ``path`` already holds a run."""
+    if (Path(path) / "config.yaml").exists():
+        raise UsageError(
+            f"{path} already holds a run.",
+            fix=f"go on with it: kdsurgeon distill --resume {path}\nor name another --output",
+        )
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

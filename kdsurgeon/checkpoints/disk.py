@@ -50,6 +50,8 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.exists() and not path.is_file():  # a device, a pipe: renaming would replace it
+            raise OSError(errno.EINVAL, "not a regular file")
         with suppress(FileNotFoundError):
             draft.unlink()
         with draft.open("xb") as file:
@@ -85,6 +87,7 @@ def _no_access(path: Path, verb: str, error: OSError) -> ResourceError:
         errno.ENOENT: "make the folder first",
         errno.ENOTDIR: "choose a folder, not a file, to write into",
         errno.EISDIR: "choose a file name, not a folder",
+        errno.EINVAL: "choose the name of a file",
         errno.ENOSPC: "free some space on that disk",
         errno.EDQUOT: "free some space on that disk",
     }

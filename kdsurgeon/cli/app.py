@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from kdsurgeon import __version__
 from kdsurgeon.cli import models, onnx, run
-from kdsurgeon.cli.console import err, out
+from kdsurgeon.cli.console import complain, out
 from kdsurgeon.errors import ResourceError, SurgeonError, UsageError, nearest
 
 app = typer.Typer(
@@ -82,19 +82,20 @@ def main(arguments: Sequence[str], *, standalone: bool = True) -> int:
     arguments, switches = _without_switches(arguments)
     if "--no-plugins" in switches:
         os.environ["KDSURGEON_NO_PLUGINS"] = "1"
+    if not standalone:
+        _run(arguments)
+        return 0
     try:
         _run(arguments or ["--help"])
     except typer.Exit as stop:
         return stop.exit_code if arguments else UsageError.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted at once; what was saved before is intact.")
+        complain("interrupted at once; what was saved before is intact.")
         return 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
     except Exception as error:
-        if not standalone:
-            raise
         return _fail(error, switches)
     return 0
 
@@ -167,4 +168,4 @@ def _report(error: SurgeonError, switches: set[str]) -> None:
         found = {"error": error.what, "code": error.exit_code, **error.notes}
         print(json.dumps(found), file=sys.stderr)
         return
-    err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+    complain(f"error: {error}")

@@ -97,7 +97,7 @@ def convert(
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="a run, or a folder with a MANIFEST.json")],
+    folder: Annotated[Path, typer.Argument(help="a run, or a folder with a manifest")],
 ) -> None:
     """Compare every file of a folder with the size and sha256 in its manifest."""
     from kdsurgeon.runs import verify as verify_folder

@@ -27,7 +27,7 @@ from kdsurgeon.distillation import Distillation, chosen_depths, formula, prepare
 from kdsurgeon.errors import Interrupted, ModelFileError, NumericsError, UsageError
 from kdsurgeon.evaluation import Report, accuracy, evaluate
 from kdsurgeon.recipe import DataRecipe, RunConfig, read_config, write_yaml
-from kdsurgeon.runs import Run, environment
+from kdsurgeon.runs import Run, check_is_free, environment
 from kdsurgeon.stones import Plan, SteppingStones, certify, forecast
 from kdsurgeon.training import Epoch, Step
 from kdsurgeon.views import accuracy_table, draw_plan, plan_table, run_report
@@ -108,6 +108,8 @@ def open_session(settings: RunConfig, trust: Sequence[str], plan: Path | None) -
 
 def start_session(settings: RunConfig, trust: Sequence[str], *, dry_run: bool) -> None:
     """A new run from its settings."""
+    if settings.output:
+        check_is_free(settings.output)  # said before models and data are loaded
     session = open_session(settings, trust, Path(settings.plan) if settings.plan else None)
     ready = announce(session)
     if dry_run:

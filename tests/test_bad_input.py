@@ -1,0 +1,754 @@
+"""Bad input through the command line: what is said, the exit code, and nothing half-written."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from kdsurgeon.checkpoints import load_model
+from kdsurgeon.cli import main
+from kdsurgeon.data import Batches, load
+from kdsurgeon.demo import build
+from kdsurgeon.distillation import train_alone
+from kdsurgeon.recipe import Recipe
+from kdsurgeon.runs import Run, read_checkpoint, read_metrics
+
+DIGITS = ("--data-dir", "digits")
+QUICK = (*DIGITS, "--epochs", "1", "--batch-size", "256")
+
+NETS = '''
+from torch import nn
+
+
+class Net(nn.Module):
+    """Answers with whatever ``kind`` asks for."""
+
+    def __init__(self, kind="logits", num_classes=10):
+        super().__init__()
+        self.kind = kind
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        features = self.body(self.stem(x))
+        logits = self.head(features.mean((2, 3)))
+        if self.kind == "two":
+            return logits.reshape(2, 10)
+        kinds = {"logits": logits, "dict": {"logits": logits}, "tuple": (logits, features)}
+        return (kinds | {"map": features, "vector": logits.sum(-1)})[self.kind]
+
+
+class Branches(Net):
+    def forward(self, x):
+        logits = super().forward(x)
+        return -logits if logits.sum() > 0 else logits
+
+
+def broken():
+    net = Net()
+    nn.init.constant_(net.stem[0].weight, float("nan"))
+    return net
+
+
+def crash():
+    raise RuntimeError("boom")
+
+
+def number():
+    return 3
+'''
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a teacher that knows digits, a student that does not, and odd factories."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    teacher, student = build("teacher"), build("student")
+    digits = load("digits").train
+    recipe = Recipe(method="ce", epochs=1, optim={"lr": 3e-3, "warmup_epochs": 0.2})
+    for _ in train_alone(teacher, Batches(digits, 64, shuffle=True, seed=0), recipe):
+        pass
+    for name, model in (("teacher", teacher), ("student", student)):
+        card = {"arch": f"demo/{name}", "input_size": [1, 8, 8], "num_classes": 10}
+        torch.save({**card, "state_dict": model.state_dict()}, folder / f"{name}.pt")
+    torch.save(teacher.state_dict(), folder / "weights.pt")
+    (folder / "nets.py").write_text(NETS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(models, tmp_path_factory):
+    """A run of two epochs; copied by whoever changes it."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    pair = [str(models / "teacher.pt"), str(models / "student.pt")]
+    settings = ["--epochs", "2", "--batch-size", "128", "--blocks", "2", "-o", str(folder)]
+    assert main(["distill", *pair, *DIGITS, *settings]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture(autouse=True)
+def workplace(models, tmp_path, monkeypatch):
+    """Every test runs in a folder of its own, with the models in it."""
+    monkeypatch.chdir(tmp_path)
+    for file in models.iterdir():
+        if file.is_file():
+            (tmp_path / file.name).symlink_to(file)
+
+
+def contents():
+    """Every file and folder here, with its size; compiled Python is nobody's output."""
+    return {
+        (str(path), path.is_file() and path.stat().st_size)
+        for path in Path().rglob("*")
+        if "__pycache__" not in path.parts
+    }
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command line that must fail with a code and these words, and write nothing."""
+
+    def check(arguments, code, *words, writes=False):
+        before = contents()
+        assert main([str(argument) for argument in arguments]) == code
+        text = capsys.readouterr().err
+        assert "Traceback" not in text
+        assert "a fault of kdsurgeon" not in text
+        for word in words:
+            assert word in text, text
+        assert writes or contents() == before
+        return text
+
+    return check
+
+
+# ── model files ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Payload:
+    """A pickle that leaves a mark when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("EXECUTED",)
+
+
+def whole_model(path):
+    torch.save(nn.Linear(2, 2), path)
+
+
+def torchscript(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
+
+
+def exported_program(path):
+    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(2, 2),)), path)
+
+
+FILES = {
+    "missing": (lambda path: None, "does not exist", "check the path"),
+    "folder": (lambda path: path.mkdir(), "is a folder, not a model file", "give a model file"),
+    "empty": (lambda path: path.touch(), "is empty", "copy or download it again"),
+    "truncated": (
+        lambda path: path.write_bytes(Path("teacher.pt").read_bytes()[:5000]),
+        "is damaged: it does not end as a zip archive does",
+        "copy or download it again",
+    ),
+    "text": (lambda path: path.write_text("hello " * 99), "is text, not a model file", "fix:"),
+    "page": (lambda path: path.write_text("<!DOCTYPE html><html>"), "not a model file", "fix:"),
+    "pickle": (
+        lambda path: path.write_bytes(pickle.dumps(Payload())),
+        "is a bare pickle, not a torch.save file; it was not loaded",
+        "torch.save the state_dict",
+    ),
+    "payload": (
+        lambda path: torch.save({"state_dict": Payload()}, path),
+        "holds Python objects, not only tensors; it was not loaded",
+        "--trust-code sha256:",
+    ),
+    "lfs": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
+        "this is a Git LFS pointer",
+        "git lfs pull",
+    ),
+    "whole model": (
+        whole_model,
+        "needs: torch.nn.modules.linear.Linear",
+        "name the architecture",
+    ),
+    "torchscript": (torchscript, "is a TorchScript archive; it was not opened", "load it yourself"),
+    "pt2": (exported_program, "is a torch.export archive (.pt2); it was not", "load it yourself"),
+}
+
+
+@pytest.mark.parametrize("verb", ["partition", "distill", "export"])
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_that_is_no_model_is_refused_unopened(kind, verb, refused):
+    make, what, fix = FILES[kind]
+    make(Path("given.pt"))
+    arguments = {
+        "partition": ["partition", "given.pt", "student.pt", "-o", "plan.yaml"],
+        "distill": ["distill", "teacher.pt", "given.pt", *QUICK, "-o", "new"],
+        "export": ["export", "given.pt", "student.onnx", *DIGITS],
+    }[verb]
+    refused(arguments, 3, "error: given.pt", what, fix)
+    assert not Path("EXECUTED").exists()
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "lfs", "payload"])
+def test_nothing_is_converted_from_what_is_no_checkpoint(kind, refused):
+    FILES[kind][0](Path("given.pt"))
+    refused(["convert", "given.pt", "out.safetensors"], 3, "error: given.pt", "fix:")
+    assert not Path("EXECUTED").exists()
+
+
+def test_a_damaged_student_of_a_run_is_refused(run, refused):
+    file = run / "student" / "best.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    refused(["export", run, "student.onnx"], 3, "best.safetensors", "sha256")
+
+
+@pytest.mark.parametrize(
+    "trust, code, what, fix",
+    [
+        ("sha256:" + "0" * 64, 3, "holds Python objects", "--trust-code sha256:"),
+        ("sha256:abcd", 2, "does not name a file", "at least 12 hex digits"),
+        ("yes", 2, "does not name a file", "never by a bare yes"),
+    ],
+)
+def test_trust_is_for_one_file_by_its_hash(trust, code, what, fix, refused):
+    whole_model("given.pt")
+    refused(["partition", "given.pt", "student.pt", "--trust-code", trust], code, what, fix)
+
+
+def test_the_hash_that_a_refusal_prints_is_the_one_that_opens_the_file(refused):
+    whole_model("given.pt")
+    text = refused(["inspect", "given.pt", "--input-size", "1,2,2"], 3, "holds Python objects")
+    shown = text.split("--trust-code ")[1].split()[0]
+    assert hashlib.sha256(Path("given.pt").read_bytes()).hexdigest().startswith(shown[7:])
+    opened = ["inspect", "given.pt", "--input-size", "1,2,2", "--trust-code", shown]
+    refused(opened, 2, "given does not return one tensor of logits")
+
+
+def test_weights_without_an_architecture_name_the_flag_to_give(refused):
+    refused(["partition", "weights.pt", "student.pt"], 2, "weights only", "--teacher-arch timm/")
+    refused(["distill", "teacher.pt", "weights.pt", *QUICK], 2, "weights only", "--student-arch")
+    refused(["export", "weights.pt", "x.onnx", *DIGITS], 2, "weights only", "--arch")
+
+
+def test_weights_of_another_architecture_show_the_first_names_that_differ(refused):
+    arguments = ["partition", "weights.pt", "student.pt", "--teacher-arch", "demo/student"]
+    words = (
+        'the weights of weights.pt do not fit "demo/student"',
+        "missing:    stages.0.depthwise.weight",
+        "unexpected: stages.0.conv1.weight",
+        "stem.0.weight 32x1x3x3 in the file, 8x1x3x3 in demo/student",
+        "--teacher-arch",
+    )
+    refused(arguments, 3, *words)
+
+
+@pytest.mark.parametrize(
+    "spec, code, what, fix",
+    [
+        ("demo/teachr", 2, "demo has no model teachr", 'did you mean "teacher"?'),
+        ("dmeo/teacher", 2, 'no model is called "dmeo"', 'did you mean "demo"?'),
+        ("teacher", 2, '"teacher" is neither a file nor a model string', "SOURCE/NAME"),
+        ("py:nets.py:Nett", 2, '"nets.py" has no factory "Nett"', 'did you mean "Net"?'),
+        ("py:absent:net", 2, 'needs the module "absent"', "install it"),
+        ("py:absent.py:net", 2, "absent.py does not exist", "check the path"),
+        ("py:nets.py:crash", 2, "RuntimeError: boom", "call it in Python"),
+        ("py:nets.py:number", 2, "made int, not a torch.nn.Module", "returns the module"),
+        ("py:nets.py", 2, "names no factory", "py:package.module:factory"),
+        ("demo/teacher,width", 2, '"width" in "demo/teacher,width" is not key=value', "SOURCE/"),
+        ("demo/teacher,width=3", 7, "unexpected keyword argument 'width'", "check the name"),
+    ],
+)
+def test_a_model_string_that_leads_nowhere_is_answered_with_the_nearest(
+    spec, code, what, fix, refused
+):
+    refused(["partition", spec, "student.pt", "-o", "plan.yaml"], code, what, fix)
+
+
+# ── flags and recipes ────────────────────────────────────────────────────────────────────────────
+
+
+PAIR = ("teacher.pt", "student.pt")
+
+
+@pytest.mark.parametrize(
+    "arguments, what, fix",
+    [
+        (["partition", *PAIR, "--blokcs", "3"], "--blokcs", 'did you mean "--blocks"?'),
+        (["distill", *PAIR, "--epohcs", "3"], "--epohcs", 'did you mean "--epochs"?'),
+        (["partitoin", *PAIR], "partitoin", "Did you mean 'partition'?"),
+        (["partition", "teacher.pt"], "student", "kdsurgeon partition --help"),
+        (["partition", *PAIR, "more.pt"], "more.pt", "kdsurgeon partition --help"),
+        (["partition", *PAIR, "--blocks"], "--blocks", "--help"),
+        (["distill", *PAIR, "--epochs", "three"], "--epochs", "kdsurgeon distill --help"),
+        (["export", "student.pt", "x.onnx", "--threads", "0"], "--threads", "--help"),
+        (["benchmark"], "models", "kdsurgeon benchmark --help"),
+        (["partition", *PAIR, "--input-size", "8,8"], "--input-size 8,8", "3,224,224"),
+        (["partition", *PAIR, "--input-size", "1,0,8"], "--input-size 1,0,8", "3,224,224"),
+        (["partition", *PAIR, "--input-size", "1,²,8"], "--input-size 1,²,8", "3,224,224"),
+        (["inspect", "student.pt", "--input-size", "1,99999,99999"], "bytes for one", "at most"),
+        (["partition", *PAIR, "--blocks", "0"], "--blocks 0", "--blocks 4"),
+        (["partition", *PAIR, "--blocks", "²"], "--blocks ²", "--blocks 4"),
+        (["partition", *PAIR, "--blocks", "99"], "have 1 to 4", "--blocks 4 or fewer"),
+        (["partition", *PAIR, "--pair", "pool"], "--pair pool", "--pair TEACHER=STUDENT"),
+        (["partition", *PAIR, "--pair", "pol=pool"], "no node pol", 'did you mean "pool"?'),
+        (["partition", *PAIR, "--pair", "qx=pool"], "no node qx", "kdsurgeon inspect"),
+        (["partition", *PAIR, "--pair", "pool=pool", "--blocks", "1"], "exclude each", "leave out"),
+        (["distill", *PAIR, *DIGITS, "--mean", "dark"], "--mean dark", "--mean 0.5,0.5,0.5"),
+        (["distill", *PAIR, *DIGITS, "--mean", "nan", "--std", "0"], "--mean", "--std"),
+        (["distill", *PAIR, *DIGITS, "--stones", "frist"], "--stones", '"drop-first"'),
+        (["distill", *PAIR, *DIGITS, "--stones", "9"], "no stone of depth 9", "--blocks"),
+        (["distill", *PAIR, *DIGITS, "--stones", "last-9"], "has 4 stones", "last-4 or fewer"),
+        (["distill", *PAIR, *DIGITS, "--set", "epochs"], "--set epochs", "--set optim.lr="),
+        (["distill", *PAIR, *DIGITS, "--set", "lr=1"], '"lr"', '"optim.lr"'),
+        (["distill", *PAIR, *DIGITS, "--device", "cuda:x"], "--device cuda:x: device", '"cuda:0"'),
+        (["distill", *PAIR, *DIGITS, "--threads", "99999"], "--threads 99,999", "at most"),
+        (["distill", *PAIR], '"data_dir" is missing', "a folder, an .npz file, or digits"),
+        (["distill", *PAIR, *DIGITS, "-c", "absent.yaml"], "absent.yaml does not exist", "fix:"),
+        (["distill", *PAIR, *DIGITS, "--plan", "absent.yaml"], "absent.yaml does not", "fix:"),
+        (["export", "student.pt", "x.onnx", "--opset", "11"], "opset 11", "18"),
+        (["export", "student.pt", "x.onnx", "--tolerance", "nan"], "--tolerance nan", "1e-5"),
+        (["export", "student.pt", "x.onnx", "--int8"], "calibrated on images", "--calib-data"),
+        (["eval", "student.pt"], "nothing to measure on", "--data-dir"),
+        (["runs", "absent"], "absent holds no run folders", "fix:"),
+        (["demo", "-o", "."], "is not empty", "--output"),
+    ],
+)
+def test_a_mistaken_command_line_is_answered_with_the_way_out(arguments, what, fix, refused):
+    refused(arguments, 2, what, fix)
+
+
+def test_all_mistakes_of_a_command_line_are_listed_together(refused):
+    flags = ["--opt", "adamx", "--epochs", "0", "--set", "loss.temperatur=2", "--set", "optim.lr=a"]
+    text = refused(["distill", *PAIR, *DIGITS, *flags], 2, 'did you mean "loss.temperature"?')
+    for line in ("--epochs 0: epochs must be", 'did you mean "adamw"?', "--set optim.lr=a"):
+        assert line in text
+
+
+def test_five_mistakes_of_a_file_are_listed_together_with_their_lines(refused):
+    Path("run.yaml").write_text(
+        "epochs: three\nseed: 1\noptim:\n  lerning_rate: 1\n  opt: adamm\nloss:\n"
+        "  temperature: -1\nseed: 2\n"
+    )
+    lines = (
+        "run.yaml:1: epochs must be a whole number",
+        'run.yaml:4: unknown key "optim.lerning_rate"; did you mean "optim.lr"?',
+        'run.yaml:5: optim.opt must be "sgd" or "adamw", not "adamm"; did you mean "adamw"?',
+        "run.yaml:7: loss.temperature must be a number above 0, not -1",
+        'run.yaml:8: the key "seed" is given twice (first on line 2)',
+    )
+    refused(["distill", *PAIR, *DIGITS, "-c", "run.yaml", "-o", "new"], 2, *lines)
+
+
+def test_a_tag_in_a_file_runs_nothing(refused):
+    Path("run.yaml").write_text("epochs: !!python/object/apply:os.mkdir [EXECUTED]\n")
+    refused(["distill", *PAIR, *DIGITS, "-c", "run.yaml"], 2, "run.yaml:1", "without tags")
+
+
+def test_control_characters_never_reach_the_terminal(refused):
+    text = refused(["inspect", "a\x1b[2J.pt"], 3, r"a\x1b[2J.pt does not exist")
+    assert "\x1b" not in text
+
+
+# ── models that do not fit ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple", "map", "vector"])
+@pytest.mark.parametrize("verb", ["teacher", "student", "export", "eval", "inspect"])
+def test_a_model_that_gives_anything_but_logits_is_refused(kind, verb, refused):
+    net = f"py:nets.py:Net,kind={kind}"
+    size = ("--input-size", "1,8,8")
+    arguments = {
+        "teacher": ["partition", net, "student.pt", *size, "-o", "plan.yaml"],
+        "student": ["distill", "teacher.pt", net, *QUICK, "-o", "new"],
+        "export": ["export", net, "x.onnx", *size],
+        "eval": ["eval", net, *DIGITS],
+        "inspect": ["inspect", net, *size],
+    }[verb]
+    refused(arguments, 2, "one tensor of logits (batch, classes)", "wrap it in a module")
+
+
+@pytest.mark.parametrize("verb", ["partition", "eval"])
+def test_a_model_for_one_batch_size_only_is_refused(verb, refused):
+    net = "py:nets.py:Net,kind=two"
+    rest = {"partition": ["student.pt", "--input-size", "1,8,8"], "eval": DIGITS}[verb]
+    refused([verb, net, *rest], 2, "does not take 3 images of 1×8×8", "batch size must stay free")
+
+
+def test_a_model_that_branches_on_values_is_refused_with_its_line(refused):
+    arguments = ["partition", "py:nets.py:Branches", "student.pt", "--input-size", "1,8,8"]
+    refused(arguments, 2, "branches on the values of a tensor", "nets.py:", "fix:")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["partition", *PAIR, "--input-size", "3,8,8"],
+        ["distill", *PAIR, *QUICK, "--input-size", "3,8,8", "-o", "new"],
+        ["inspect", "teacher.pt", "--input-size", "3,8,8"],
+        ["eval", "teacher.pt", *DIGITS, "--input-size", "3,8,8"],
+        ["export", "teacher.pt", "x.onnx", *DIGITS, "--input-size", "3,8,8"],
+        ["benchmark", "teacher.pt", "--input-size", "3,8,8"],
+    ],
+)
+def test_a_wrong_input_shape_is_refused(arguments, refused):
+    refused(arguments, 2, "1 channels, but got 3 channels")
+
+
+def test_an_unknown_input_size_is_asked_for(refused):
+    arguments = ["partition", "weights.pt", "demo/student", "--teacher-arch", "demo/teacher"]
+    refused(arguments, 2, "the input size of weights is not known", "--input-size C,H,W")
+
+
+@pytest.mark.parametrize(
+    "arguments, what",
+    [
+        (["partition", "teacher.pt", "demo/student,num_classes=7"], "has 10 classes, student has 7"),
+        (["distill", "teacher.pt", "demo/student,num_classes=7", *QUICK], "student has 7"),
+        (["distill", *PAIR, "--data-dir", "three.npz"], "teacher has 10 classes, three"),
+        (["eval", "demo/student,num_classes=7", *DIGITS], "student has 7 classes, digits"),
+        (["export", "demo/student,num_classes=7", "x.onnx", *DIGITS], "student has 7 classes"),
+    ],
+)
+def test_class_counts_that_differ_are_both_named(arguments, what, refused):
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 255, (30, 8, 8), dtype=np.uint8)
+    np.savez("three.npz", images=images, labels=np.arange(30) % 3)
+    refused(arguments, 2, what, "fix:")
+
+
+def test_a_student_larger_than_its_teacher_is_warned_of_and_trained(capsys, trained):
+    small = str(trained / "student" / "last.safetensors")
+    assert main(["partition", small, "teacher.pt", "-o", "plan.yaml"]) == 0
+    text = capsys.readouterr().err
+    assert "warning: teacher is larger than last" in text
+    assert "Did you swap the two?" in text
+    assert Path("plan.yaml").is_file()
+
+
+def test_a_teacher_near_chance_stops_the_run(refused):
+    swapped = {"teacher.pt": torch.load("teacher.pt", weights_only=True)}
+    swapped["teacher.pt"]["state_dict"]["head.weight"].neg_()
+    torch.save(swapped["teacher.pt"], "upside-down.pt")
+    arguments = ["distill", "upside-down.pt", "student.pt", *QUICK, "-o", "new"]
+    refused(arguments, 5, "near chance (10.0%)", "check the teacher file", "--mean")
+
+
+@pytest.mark.parametrize(
+    "old, new, what",
+    [
+        ("plan: 1", "plan: 2", "is a plan of version 2"),
+        ("plan: 1", "paln: 1", "is not a plan"),
+        ("teacher: pool", "teacher: pol", 'did you mean "pool"?'),
+        ("weight: 0.25", "weight: heavy", "the weight of boundary 2 is 'heavy'"),
+        ("weight: 0.25", "weight: .nan", "the weight of boundary 2 is nan"),
+        ("adapter: conv", "adapter: cnov", 'did you mean "conv"?'),
+        ("boundaries:", "boundaries: [", "not valid YAML"),
+    ],
+)
+def test_a_plan_edited_by_mistake_is_refused(old, new, what, refused, trained, capsys):
+    assert main(["partition", *PAIR, "-o", "plan.yaml"]) == 0
+    plan = Path("plan.yaml")
+    assert old in plan.read_text()
+    plan.write_text(plan.read_text().replace(old, new, 1))
+    refused(["partition", *PAIR, "--plan", "plan.yaml"], 2, what)
+
+
+def test_a_plan_for_other_models_is_refused(refused, trained):
+    other = ["distill", "teacher.pt", "py:nets.py:Net", *QUICK, "--plan", trained / "plan.yaml"]
+    refused(other, 2, "plan.yaml was made for another student", "kdsurgeon partition")
+
+
+def test_a_plan_and_a_number_of_blocks_exclude_each_other(refused, trained):
+    both = ["--plan", trained / "plan.yaml", "--blocks", "3"]
+    refused(["distill", *PAIR, *QUICK, *both], 2, "a plan and 3 blocks", "leave one out")
+    refused(["partition", *PAIR, *both], 2, "exclude each other", "leave out --blocks")
+
+
+# ── data ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def draw_classes(folder, names, count=4):
+    generator = np.random.default_rng(0)
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            image = generator.integers(0, 255, (8, 8), dtype=np.uint8)
+            Image.fromarray(image).save(folder / name / f"{index}.png")
+
+
+def no_images(folder):
+    for name in "ab":
+        (folder / name).mkdir(parents=True)
+        (folder / name / "notes.txt").write_text("no image")
+
+
+def corrupt_images(folder):
+    draw_classes(folder, [f"class{index}" for index in range(10)])
+    (folder / "class1" / "0.png").write_bytes(b"junk")
+    (folder / "class2" / "1.png").write_bytes(b"")
+
+
+DATA = {
+    "missing": (lambda path: None, "does not exist", "a folder, an .npz file, or digits"),
+    "empty": (lambda path: path.mkdir(), "has no class folders", "where:"),
+    "no images": (no_images, "has no images", ".png"),
+    "one class": (lambda path: draw_classes(path, ["only"]), "one class only, only", "two classes"),
+    "corrupt": (corrupt_images, "2 of 40 images cannot be read", "--max-bad-images 2"),
+    "npz": (lambda path: path.write_bytes(b"PK\x03\x04"), "data.npz", "copy or download it again"),
+}
+
+
+@pytest.mark.parametrize("verb", ["distill", "eval", "export"])
+@pytest.mark.parametrize("kind", DATA)
+def test_data_that_cannot_be_used_is_refused(kind, verb, refused):
+    make, what, fix = DATA[kind]
+    name = "data.npz" if kind == "npz" else "data"
+    make(Path(name))
+    arguments = {
+        "distill": ["distill", *PAIR, "--data-dir", name, "-o", "new"],
+        "eval": ["eval", "teacher.pt", "--data-dir", name],
+        "export": ["export", "teacher.pt", "x.onnx", "--data-dir", name],
+    }[verb]
+    refused(arguments, 4, what, fix)
+
+
+def test_corrupt_images_are_named_and_left_out_only_when_allowed(refused, capsys):
+    corrupt_images(Path("data"))
+    arguments = ["distill", "teacher.pt", "student.pt", "--data-dir", "data", "--dry-run"]
+    refused([*arguments, "--max-bad-images", "1"], 4, "class1/0.png", "class2/1.png")
+    main([*arguments, "--max-bad-images", "2"])
+    text = capsys.readouterr().err
+    assert "left out class1/0.png" in text and "left out class2/1.png" in text
+
+
+# ── training ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(refused):
+    steps = ["--epochs", "2", "-b", "2000", "--opt", "sgd", "--warmup-epochs", "0"]
+    arguments = ["distill", *PAIR, *DIGITS, *steps, "--lr", "1e36", "-o", "new"]
+    refused(arguments, 5, "step 2: the loss is nan", "epoch 2, batch 1", "lower --lr", writes=True)
+    assert [line["epoch"] for line in read_metrics(Path("new"))] == [1]
+    kept = sorted(Path("new/checkpoints").iterdir())[-1]
+    assert kept.name == "step-000001"
+    student = read_checkpoint(kept).tensors["student"]
+    assert all(values.isfinite().all() for values in student.values())
+    saved = load_model("new/student/last.safetensors").model.state_dict()
+    assert saved.keys() == build("student").state_dict().keys()
+
+
+def test_weights_that_are_not_finite_stop_the_run_at_its_first_step(refused):
+    arguments = ["distill", "teacher.pt", "py:nets.py:broken", *QUICK, "-o", "new"]
+    refused(arguments, 5, "step 1: the loss is nan", "epoch 1, batch 1", writes=True)
+    assert read_metrics(Path("new")) == []
+
+
+@pytest.mark.parametrize("output", ["student.pt/new", "/proc/new", "student.pt"])
+def test_a_run_folder_that_cannot_be_made_is_refused(output, refused):
+    refused(["distill", *PAIR, *QUICK, "-o", output], 6, output, "--output")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["partition", *PAIR, "-o", "student.pt/plan.yaml"],
+        ["partition", *PAIR, "-o", "."],
+        ["partition", *PAIR, "--svg", "/proc/plan.svg"],
+        ["partition", *PAIR, "--html", "pipe"],
+        ["export", "student.pt", "pipe"],
+        ["convert", "weights.pt", "pipe.safetensors"],
+        ["export", "student.pt", "student.pt/x.onnx"],
+        ["export", "student.pt", "absent/x.onnx"],
+        ["export", "student.pt", "/proc/x.onnx", *DIGITS],
+        ["export", "student.pt", "."],
+        ["convert", "weights.pt", "absent/x.safetensors"],
+        ["convert", "weights.pt", "/proc/x.safetensors"],
+        ["demo", "-o", "student.pt"],
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused(arguments, refused):
+    os.mkfifo("pipe")
+    os.mkfifo("pipe.safetensors")
+    refused(arguments, 6, "error:", "fix:")
+    assert Path("pipe").is_fifo() and Path("pipe.safetensors").is_fifo()
+
+
+class FullDisk:
+    """``os.fsync`` on a disk that is full from the n-th call on."""
+
+    def __init__(self, calls):
+        self.left = calls
+        self.works = os.fsync
+
+    def __call__(self, descriptor):
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.works(descriptor)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["partition", *PAIR, "-o", "plan.yaml"],
+        ["export", "student.pt", "x.onnx"],
+        ["distill", *PAIR, *QUICK, "-o", "new"],
+    ],
+)
+def test_a_full_disk_leaves_nothing_half_written(arguments, refused, monkeypatch):
+    monkeypatch.setattr(os, "fsync", FullDisk(0))
+    refused(arguments, 6, "No space left on device", "fix:", writes="distill" in arguments)
+    left = [path.name for path in Path().rglob("*") if path.is_file()]
+    assert not {"plan.yaml", "x.onnx", "config.yaml"} & set(left)
+    assert not [name for name in left if "tmp" in name]
+
+
+def test_a_run_whose_disk_fills_up_goes_on_when_there_is_room_again(refused, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", FullDisk(30))
+        text = refused(
+            ["distill", *PAIR, *DIGITS, "--epochs", "3", "-b", "256", "-o", "new"], 6, writes=True
+        )
+    assert "No space left on device" in text
+    assert len(read_metrics(Path("new"))) < 3
+    assert not list(Path("new").rglob("*tmp*"))
+    assert main(["distill", "--resume", "new"]) == 0
+    assert [line["epoch"] for line in read_metrics(Path("new"))] == [1, 2, 3]
+
+
+# ── runs ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(run, refused):
+    arguments = ["distill", *PAIR, *QUICK, "-o", run]
+    refused(arguments, 2, "already holds a run", "kdsurgeon distill --resume")
+
+
+def test_a_run_folder_in_use_is_refused(run, refused):
+    with Run.resume(run):
+        refused(["distill", "--resume", run], 6, "in use by another run", f"process {os.getpid()}")
+    with Run.create("begun"):
+        refused(["distill", *PAIR, *QUICK, "-o", "begun"], 6, "in use", "--output")
+
+
+def test_only_a_run_is_resumed(refused):
+    Path("empty").mkdir()
+    for folder in ("absent", "empty", "student.pt"):
+        refused(["distill", "--resume", folder], 2, f"{folder} holds no run", "fix:")
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--epochs", "9"], "epochs"),
+        (["--no-amp"], "amp"),
+        (["--dry-run"], "dry-run"),
+        (["--set", "epochs=9"], "set"),
+        (["-c", "run.yaml"], "config"),
+        (["teacher.pt"], "teacher"),
+    ],
+)
+def test_a_resumed_run_takes_no_other_settings(run, flags, named, refused):
+    arguments = ["distill", *flags, "--resume", run]
+    refused(arguments, 2, f"it does not take {named}.", "start a new run with another --output")
+
+
+def test_a_run_is_not_resumed_with_another_teacher(run, refused):
+    file = torch.load("teacher.pt", weights_only=True)
+    file["state_dict"]["head.bias"] += 0.5
+    torch.save(file, "other.pt")
+    config = run / "config.yaml"
+    lines = config.read_text().splitlines()
+    lines = ["teacher: other.pt" if line.startswith("teacher:") else line for line in lines]
+    config.write_text("\n".join(lines))
+    refused(["distill", "--resume", run], 2, "the teacher of this run changed", "put it back")
+
+
+@pytest.mark.parametrize("name", ["run.json", "plan.yaml", "config.yaml"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "junk"])
+def test_a_run_that_lost_its_record_is_not_resumed(run, name, damage, refused):
+    file = run / name
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_text(file.read_text()[:40] if damage == "cut" else "{junk")
+    code = 3 if name == "run.json" else 2
+    words = [] if name == "config.yaml" and damage == "gone" else [name]
+    refused(["distill", "--resume", run], code, *words)
+
+
+def damage(checkpoint):
+    file = checkpoint / "student.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(run, trained, capsys):
+    damage(sorted((run / "checkpoints").iterdir())[-1])
+    assert main(["distill", "--resume", str(run)]) == 0
+    assert "student.safetensors is changed. An older one is used." in capsys.readouterr().err
+    assert [line["epoch"] for line in read_metrics(run)] == [1, 2]
+    last = Path("student", "last.safetensors")
+    assert (run / last).read_bytes() == (trained / last).read_bytes()
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(run, refused):
+    for checkpoint in (run / "checkpoints").iterdir():
+        damage(checkpoint)
+    for verb in (["distill", "--resume", run], ["eval", run]):
+        refused(verb, 3, "has no checkpoint that is whole", "student.safetensors is changed")
+
+
+@pytest.mark.parametrize("method", ["kd", "ce"])
+def test_runs_without_stones_are_resumed_and_measured_like_the_others(method, capsys):
+    quick = ["--epochs", "1", "-b", "256", "--method", method]
+    assert main(["distill", *PAIR, *DIGITS, *quick, "-o", "new"]) == 0
+    assert main(["distill", "--resume", "new"]) == 0
+    assert main(["eval", "new"]) == 0
+    assert "student" in capsys.readouterr().out
+
+
+def test_verify_names_the_file_that_changed(run, refused):
+    damage(sorted((run / "checkpoints").iterdir())[-1])
+    refused(["verify", run], 3, "student.safetensors is changed")
+    refused(["verify", "absent"], 3, "absent has no MANIFEST.json")
+
+
+def test_int8_that_loses_too_much_is_refused_with_both_figures(refused):
+    arguments = ["export", "student.pt", "x.onnx", "--calib-data", "digits", "--int8"]
+    refused([*arguments, *DIGITS], 5, "loses too much", "agreement", "drop", "calibrate on more")
+
+
+def test_an_error_as_json_is_one_object(capsys):
+    assert main(["partition", "--json", "weights.pt", "student.pt"]) == 2
+    found = json.loads(capsys.readouterr().err)
+    assert found["code"] == 2
+    assert found["error"].startswith("weights.pt holds weights only")
+    assert "--teacher-arch" in found["fix"]
