@@ -65,6 +65,10 @@ def crash():
     raise RuntimeError("boom")
 
 
+def leave():
+    raise SystemExit(0)
+
+
 def number():
     return 3
 '''
@@ -278,6 +282,7 @@ def test_weights_of_another_architecture_show_the_first_names_that_differ(refuse
         ("py:absent:net", 2, 'needs the module "absent"', "install it"),
         ("py:absent.py:net", 2, "absent.py does not exist", "check the path"),
         ("py:nets.py:crash", 2, "RuntimeError: boom", "call it in Python"),
+        ("py:nets.py:leave", 2, "SystemExit: 0", "call it in Python"),
         ("py:nets.py:number", 2, "made int, not a torch.nn.Module", "returns the module"),
         ("py:nets.py", 2, "names no factory", "py:package.module:factory"),
         ("demo/teacher,width", 2, '"width" in "demo/teacher,width" is not key=value', "SOURCE/"),
@@ -428,7 +433,10 @@ def test_an_unknown_input_size_is_asked_for(refused):
 @pytest.mark.parametrize(
     "arguments, what",
     [
-        (["partition", "teacher.pt", "demo/student,num_classes=7"], "has 10 classes, student has 7"),
+        (
+            ["partition", "teacher.pt", "demo/student,num_classes=7"],
+            "has 10 classes, student has 7",
+        ),
         (["distill", "teacher.pt", "demo/student,num_classes=7", *QUICK], "student has 7"),
         (["distill", *PAIR, "--data-dir", "three.npz"], "teacher has 10 classes, three"),
         (["eval", "demo/student,num_classes=7", *DIGITS], "student has 7 classes, digits"),

@@ -48,10 +48,10 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     At every moment ``path`` is either what it was or the whole new file; its permissions follow
     the umask. Raises :class:`ResourceError` when the folder cannot take it; nothing is left behind.
     """
+    if path.exists() and not path.is_file():  # renaming would replace a device or a pipe
+        raise ResourceError(f"{path} is not a regular file.", fix="choose the name of a file")
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if path.exists() and not path.is_file():  # a device, a pipe: renaming would replace it
-            raise OSError(errno.EINVAL, "not a regular file")
         with suppress(FileNotFoundError):
             draft.unlink()
         with draft.open("xb") as file:
@@ -87,7 +87,6 @@ def _no_access(path: Path, verb: str, error: OSError) -> ResourceError:
         errno.ENOENT: "make the folder first",
         errno.ENOTDIR: "choose a folder, not a file, to write into",
         errno.EISDIR: "choose a file name, not a folder",
-        errno.EINVAL: "choose the name of a file",
         errno.ENOSPC: "free some space on that disk",
         errno.EDQUOT: "free some space on that disk",
     }

@@ -155,7 +155,7 @@ def _from_plugin(spec: Spec, num_classes: int | None) -> object:
         return factory(spec.name, **arguments)
     except SurgeonError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f'the model source "{spec.source}" failed on "{spec.text}".',
             why=f"{type(error).__name__}: {error}",
@@ -170,7 +170,7 @@ def _from_factory(spec: Spec, num_classes: int | None) -> object:
         return factory(**arguments)
     except SurgeonError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f'the factory of "{spec.text}" failed.',
             why=f"{type(error).__name__}: {error}",

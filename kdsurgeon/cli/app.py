@@ -129,12 +129,17 @@ def _translated(error: Exception) -> SurgeonError:
     """A mistake on the command line, a machine at its limits, or a fault of ours."""
     if isinstance(error, typer.TyperException):
         return _usage(error)
-    if isinstance(error, MemoryError) or "allocate" in str(error):  # torch raises RuntimeError
+    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         return ResourceError("there is not enough memory.", fix="a smaller batch, input or model")
     if isinstance(error, OSError) and error.errno is not None:
         where = "" if error.filename is None else f"{error.filename}: "
         return ResourceError(f"{where}{error.strerror}.", fix="check path, permissions and disk")
     return _our_fault(error)
+
+
+def _is_torch_out_of_memory(error: Exception) -> bool:
+    words = ("can't allocate memory", "out of memory")  # on the CPU, on a GPU
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _usage(error: typer.TyperException) -> UsageError:

@@ -68,7 +68,7 @@ def _play(folder: Path, seed: int, run_verb: Callable[[Sequence[str]], int]) -> 
     verb(f"distill {pair} {common} --method kd -o {folder}/kd")
     verb(f"distill {pair} {common} --method kd --epochs {longer} -o {folder}/kd-longer")
     verb(f"distill {pair} {common} --plan {folder}/plan.yaml -o {folder}/block-kd")
-    verb(f"export {folder}/block-kd {folder}/student.onnx --int8")
+    verb(f"export {folder}/block-kd {folder}/student.onnx --last --int8 --no-int8-gate")
 
     deployed = json.loads((folder / "block-kd/export/student.json").read_text(encoding="utf-8"))
     rows = benchmark({"teacher": teacher, "student": student}, digits.val.samples(slice(1)))
@@ -81,9 +81,9 @@ def _play(folder: Path, seed: int, run_verb: Callable[[Sequence[str]], int]) -> 
     ]
     for name, run in (
         ("student alone", "alone"),
-        ("student, KD", "kd"),
-        (f"student, KD for {longer} epochs", "kd-longer"),
-        ("student, Block-KD", "block-kd"),
+        ("KD", "kd"),
+        (f"KD, {longer} epochs", "kd-longer"),
+        ("Block-KD", "block-kd"),
     ):
         table.append(Row(name, _last_accuracy(folder / run), *student_cost, size, student_ms))
     for name in ("ONNX fp32", "ONNX int8"):

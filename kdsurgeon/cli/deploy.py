@@ -34,6 +34,7 @@ def export_student(
     data_dir: str | None,
     calib_data: str | None,
     size: inputs.Size | None,
+    last: bool,
     opset: int,
     int8: bool,
     int8_gate: bool,
@@ -45,7 +46,7 @@ def export_student(
     inputs.check_threads(threads)
     if not 0 <= tolerance <= 1:
         raise UsageError(f"--tolerance {tolerance} is not between 0 and 1.", fix="1e-5 is usual")
-    loaded, data = _student(target, arch, trust, data_dir, size)
+    loaded, data = _student(target, arch, trust, data_dir, size, last)
     if int8 and data is None and calib_data is None:
         raise UsageError("int8 must be calibrated on images.", fix="--calib-data FOLDER, or digits")
     if calib_data is not None:
@@ -81,6 +82,7 @@ def _student(
     trust: Sequence[str],
     data_dir: str | None,
     size: inputs.Size | None,
+    last: bool,
 ) -> tuple[Loaded, Split | None]:
     """The model to export, and the data it is proved on; a run brings both."""
     folder = Path(target)
@@ -88,10 +90,10 @@ def _student(
         loaded = load_model(target, arch=arch, trust=trust, flag="--arch")
         return loaded, _data(loaded, data_dir, size) if data_dir else None
     settings = read_config(folder / "config.yaml")
-    best, last = (folder / "student" / f"{name}.safetensors" for name in ("best", "last"))
-    if not last.is_file():
+    best, newest = (folder / "student" / f"{name}.safetensors" for name in ("best", "last"))
+    if not newest.is_file():
         raise UsageError(f"{target} has no student yet.", fix="let it train for an epoch")
-    chosen = best if best.is_file() else last
+    chosen = newest if last or not best.is_file() else best
     loaded = load_model(str(chosen), arch=arch or settings.student_arch, trust=trust, flag="--arch")
     say(f"student  {chosen}")
     if data_dir is None and size is None:

@@ -216,8 +216,6 @@ def check_threads(count: int) -> int:
 
 def write_text(path: Path, text: str) -> None:
     """A file whole or not at all."""
-    if path.exists() and not path.is_file():
-        raise ResourceError(f"{path} is not a regular file.", fix="name a file to write")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -21,6 +21,9 @@ def export(
         str | None, typer.Option("--calib-data", help="calibrate int8 on this data instead")
     ] = None,
     input_size: flags.InputSize = None,
+    last: Annotated[
+        bool, typer.Option("--last", help="a run's student after the last epoch, not its best")
+    ] = False,
     opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 24")] = 18,
     int8: Annotated[bool, typer.Option("--int8", help="write NAME.int8.onnx, too")] = False,
     int8_gate: Annotated[
@@ -44,6 +47,7 @@ def export(
         data_dir=data_dir,
         calib_data=calib_data,
         size=size,
+        last=last,
         opset=opset,
         int8=int8,
         int8_gate=int8_gate,

@@ -9,6 +9,7 @@ import typer
 
 from kdsurgeon.cli import flags
 from kdsurgeon.cli.console import out, say
+from kdsurgeon.errors import UsageError
 
 _KEYS = {
     "data_dir": "data_dir", "teacher_arch": "teacher_arch", "student_arch": "student_arch",
@@ -83,7 +84,6 @@ def distill(
     threads: flags.Threads = None,
 ) -> None:
     """Train a student with the help of a teacher; everything goes to a run folder."""
-    from kdsurgeon.errors import UsageError
     from kdsurgeon.recipe import parse_set, read_config
 
     given = {name: value for name, value in context.params.items() if value not in (None, [], ())}
@@ -169,15 +169,14 @@ def runs(
     folder: Annotated[Path, typer.Argument(help="a folder of run folders")] = Path("runs"),
 ) -> None:
     """Past runs in one table."""
-    from rich.table import Table
-
-    from kdsurgeon.errors import UsageError
-    from kdsurgeon.recipe import read_config
-    from kdsurgeon.runs import read_metrics
-
     found = sorted(path.parent for path in folder.glob("*/config.yaml"))
     if not found:
         raise UsageError(f"{folder} holds no run folders.", fix="name the folder of your runs")
+    from rich.table import Table
+
+    from kdsurgeon.recipe import read_config
+    from kdsurgeon.runs import read_metrics
+
     table = Table("run", "method", "epochs", "best", "last", "teacher", "student", box=None)
     for path in found:
         settings, lines = read_config(path / "config.yaml"), read_metrics(path)

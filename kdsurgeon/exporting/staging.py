@@ -38,7 +38,9 @@ def staged(path: Path) -> Iterator[Path]:
     when the folder is missing, full or may not be written.
     """
     try:
-        if path.exists() and not path.is_file():
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # renaming would replace a device or a pipe
             raise OSError(errno.EINVAL, "not a regular file")
         with TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
             part = Path(folder) / path.name

@@ -28,12 +28,12 @@ def size(number: float | None) -> str:
 def milliseconds(number: float | None) -> str:
     """A latency.
 
-    >>> milliseconds(0.2123), milliseconds(12.34)
-    ('0.21 ms', '12.3 ms')
+    >>> milliseconds(0.0142), milliseconds(0.2123), milliseconds(12.34)
+    ('0.014 ms', '0.21 ms', '12.3 ms')
     """
     if number is None:
         return UNKNOWN
-    return f"{number:.2f} ms" if number < 10 else f"{number:.1f} ms"
+    return f"{number:.{3 if number < 0.1 else 2 if number < 10 else 1}f} ms"
 
 
 def duration(seconds: float) -> str:

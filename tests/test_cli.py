@@ -1,0 +1,405 @@
+"""The command line as a user meets it: help, the whole road, Ctrl-C, plugins that stay asleep."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.main import get_command
+
+import kdsurgeon
+from kdsurgeon.checkpoints import load_model
+from kdsurgeon.cli import app as application
+from kdsurgeon.cli import main
+from kdsurgeon.data import Batches, load
+from kdsurgeon.demo import build
+from kdsurgeon.distillation import train_alone
+from kdsurgeon.recipe import Recipe
+from kdsurgeon.runs import read_metrics
+
+VERBS = get_command(application.app).commands
+PAIR = ("teacher.pt", "student.pt")
+DIGITS = ("--data-dir", "digits")
+COMMAND = (sys.executable, "-m", "kdsurgeon")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    teacher, student = build("teacher"), build("student")
+    digits = load("digits").train
+    recipe = Recipe(method="ce", epochs=1, optim={"lr": 3e-3, "warmup_epochs": 0.2})
+    for _ in train_alone(teacher, Batches(digits, 64, shuffle=True, seed=0), recipe):
+        pass
+    for name, model in (("teacher", teacher), ("student", student)):
+        card = {"arch": f"demo/{name}", "input_size": [1, 8, 8], "num_classes": 10}
+        torch.save({**card, "state_dict": model.state_dict()}, folder / f"{name}.pt")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def workplace(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("PYTHONPATH", str(Path(kdsurgeon.__file__).parents[1]))
+    for file in models.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+
+
+@pytest.fixture
+def tell(capsys):
+    """Run a command line that must succeed; what it printed."""
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        told = capsys.readouterr()
+        assert code == 0, told.err
+        return told.out
+
+    return run
+
+
+def contents():
+    return {path for path in Path().rglob("*") if "__pycache__" not in path.parts}
+
+
+# ── help ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_shows_its_every_flag(verb, tell):
+    shown = tell(verb, "--help")
+    for parameter in VERBS[verb].params:
+        for flag in [*parameter.opts, *parameter.secondary_opts]:
+            if flag.startswith("--"):
+                assert flag in shown
+    assert VERBS[verb].help.splitlines()[0] in " ".join(shown.split())
+
+
+def test_the_help_of_the_application_shows_every_verb(tell):
+    shown = tell("--help")
+    for verb in VERBS:
+        assert f" {verb} " in shown
+    assert "--debug" in shown and "--json" in shown
+
+
+def test_a_bare_command_shows_the_help_and_counts_as_a_mistake(capsys):
+    assert main([]) == 2
+    assert "partition" in capsys.readouterr().out
+
+
+def test_help_and_mistakes_are_answered_without_torch():
+    lines = [[], ["--version"], ["plugins"], ["distill", "--epochs", "x"], ["runs", "absent"]]
+    lines += [["distill", "--opt", "adamx"], ["partition", "a", "b", "--blocks", "none"]]
+    lines += [[verb, "--help"] for verb in VERBS]
+    script = (
+        "import sys\nfrom kdsurgeon.cli import main\n"
+        f"for line in {lines!r}:\n"
+        "    main(line)\n"
+        "    assert 'torch' not in sys.modules, line\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_module_runs_as_the_command_does():
+    done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"kdsurgeon {kdsurgeon.__version__}\n")
+
+
+def test_flags_are_spelled_with_dashes_or_underscores(tell):
+    dashes = tell("inspect", "demo/teacher", "--input-size", "1,8,8")
+    assert tell("inspect", "demo/teacher", "--input_size", "1,8,8") == dashes
+    assert "stages.0.relu_1" in dashes
+
+
+# ── errors and switches ──────────────────────────────────────────────────────────────────────────
+
+
+def fail(error):
+    def stand_in(*_):
+        raise error
+
+    return stand_in
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (RuntimeError("boom"), 1, "a fault of kdsurgeon: RuntimeError: boom"),
+        (MemoryError(), 6, "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: …"), 6, "not enough memory"),
+        (OSError(28, "No space left on device", "x.bin"), 6, "x.bin: No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted at once"),
+    ],
+)
+def test_what_nobody_foresaw_is_one_line_and_a_code(error, code, words, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(Path.cwd()))
+    monkeypatch.setattr("kdsurgeon.plugins.installed", fail(error))
+    assert main(["plugins"]) == code
+    text = capsys.readouterr().err
+    assert words in text
+    assert "Traceback" not in text
+    reports = list(Path.cwd().glob("kdsurgeon-*.txt"))
+    assert len(reports) == (code == 1)
+    for report in reports:
+        assert str(report) in text
+        assert "Traceback" in report.read_text()
+
+
+def test_debug_shows_where_it_happened(capsys):
+    assert main(["inspect", "absent.pt", "--debug"]) == 3
+    text = capsys.readouterr().err
+    assert "Traceback" in text
+    assert text.splitlines()[-2] == "error: absent.pt does not exist."
+
+
+def test_json_makes_an_error_one_object(capsys):
+    assert main(["inspect", "absent.pt", "--json"]) == 3
+    found = json.loads(capsys.readouterr().err)
+    assert found == {"error": "absent.pt does not exist.", "code": 3, "fix": "check the path"}
+
+
+def test_a_reader_who_has_seen_enough_is_no_fault_of_ours():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*COMMAND, "plugins"], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+# ── the whole road ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_whole_road_from_two_models_to_a_verified_onnx_file(tell):
+    assert "stages.0.relu_1" in tell("inspect", "teacher.pt")
+    pictures = ("--svg", "plan.svg", "--html", "plan.html")
+    shown = tell("partition", *PAIR, "-o", "plan.yaml", *pictures, "--explain")
+    assert "recomposed from blocks: teacher gap 0, student gap 0" in " ".join(shown.split())
+    assert Path("plan.svg").read_text().startswith("<svg")
+    assert "<svg" in Path("plan.html").read_text()
+
+    quick = ("--epochs", "2", "--batch-size", "128")
+    shown = tell("distill", *PAIR, *DIGITS, *quick, "--plan", "plan.yaml", "-o", "runs/one")
+    assert "L = 1·[CE(S, y)" in shown
+    assert "epoch 2/2" in shown
+    run = Path("runs/one")
+    assert (run / "plan.yaml").read_bytes() == Path("plan.yaml").read_bytes()
+    for name in ("config.yaml", "run.json", "train.log", "report.html"):
+        assert (run / name).stat().st_size > 0
+    assert [line["epoch"] for line in read_metrics(run)] == [1, 2]
+    assert json.loads((run / "run.json").read_text())["command"][0] == "kdsurgeon"
+
+    shown = tell("eval", run)
+    assert "stone 4" in shown and "teacher" in shown
+    assert "accuracy" in tell("eval", run / "student" / "last.safetensors", *DIGITS)
+    assert "2/2" in tell("runs", "runs")
+    assert "files are what was written" in tell("verify", sorted(run.glob("checkpoints/*"))[-1])
+    assert tell("verify", run).count("files are what was written") == 2
+
+    shown = tell("export", run, "student.onnx", "--int8", "--no-int8-gate")
+    assert "parity   gap" in shown and "dynamic batch" in shown and "ONNX int8" in shown
+    figures = json.loads((run / "export" / "student.json").read_text())
+    assert figures["ONNX fp32"]["bytes"] == Path("student.onnx").stat().st_size
+    assert figures["ONNX fp32"]["accuracy"] == figures["PyTorch"]["accuracy"]
+    shown = tell("benchmark", "student.pt", "student.onnx", "student.int8.onnx")
+    assert shown.count(" ms ") == 3
+
+    torch.save({"epoch": 3, "model": build("student").state_dict()}, "foreign.pt")
+    tell("convert", "foreign.pt", "foreign.safetensors", "--drop-extra")
+    assert Path("foreign.safetensors.manifest.json").is_file()
+    assert "stages" in tell(
+        "inspect", "foreign.safetensors", "--arch", "demo/student", "--input-size", "1,8,8"
+    )
+
+
+def test_a_plan_can_be_checked_again_and_a_boundary_named(tell):
+    first = tell("partition", *PAIR, "-o", "plan.yaml")
+    again = tell("partition", *PAIR, "--plan", "plan.yaml")
+    assert again.split() == first.split()[: len(again.split())]
+    named = tell("partition", *PAIR, "--pair", "stages.1.relu_1=stages.1.relu_1", "-o", "p.yaml")
+    assert "stages.1.relu_1" in named and "stages.2.relu_1" not in named
+
+
+def test_what_is_installed_is_listed_with_where_it_comes_from(tell):
+    shown = tell("plugins")
+    for name in ("demo", "timm", "torchvision", "kl", "dkd", "dist"):
+        assert f" {name} " in shown
+    assert f"kdsurgeon {kdsurgeon.__version__}" in shown
+
+
+def test_the_doctor_finds_this_installation_sound(tell):
+    shown = tell("doctor")
+    assert "training two runs with one seed came to the same bits" in shown
+    assert "teacher gap 0, student gap 0" in shown
+    assert shown.endswith("all is well\n")
+
+
+def test_a_dry_run_writes_nothing(tell):
+    before = contents()
+    shown = tell("distill", *PAIR, *DIGITS, "--epochs", "2", "--dry-run", "-o", "run")
+    assert "forecast 44 steps" in shown
+    assert shown.endswith("dry run: nothing was written\n")
+    assert contents() == before
+
+
+def test_a_run_without_an_output_gets_a_folder_of_its_own(tell):
+    quick = ("--epochs", "1", "--batch-size", "512", "--method", "kd")
+    tell("distill", *PAIR, *DIGITS, *quick)
+    (folder,) = Path("runs").iterdir()
+    assert folder.name.endswith("-student-kd")
+
+
+def test_the_settings_of_a_run_file_give_way_to_flags(tell):
+    Path("run.yaml").write_text(
+        "teacher: teacher.pt\nstudent: student.pt\ndata_dir: digits\nepochs: 7\nmethod: kd\n"
+    )
+    shown = tell("distill", "-c", "run.yaml", "--set", "epochs=3", "--dry-run")
+    assert "forecast 66 steps" in shown
+
+
+def test_an_export_of_a_run_is_measured_on_the_images_that_the_run_held_out(tell):
+    from PIL import Image
+
+    digits = load("digits").val
+    for label in range(10):
+        Path(f"images/{label}").mkdir(parents=True)
+    for index in range(200):
+        image = Image.fromarray((digits.images[index, :, :, 0] * 15).astype("uint8"))
+        image.save(f"images/{digits.labels[index]}/{index}.png")
+    data = ("--data-dir", "images", "--val-split", "0.4")
+    quick = ("--epochs", "1", "--batch-size", "64", "--method", "ce", "-o", "run")
+    shown = tell("distill", *PAIR, *data, *quick)
+    held_out = shown.split(" training and ")[1].split()[0]
+    assert f"on {held_out} samples" in tell("export", "run", "student.onnx")
+
+
+# ── stopping and going on ────────────────────────────────────────────────────────────────────────
+
+
+LONG = ("distill", *PAIR, *DIGITS, "--epochs", "4", "--batch-size", "64", "-o", "run")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(models, tmp_path_factory):
+    """The run folder of ``LONG``, made at one go."""
+    before = Path.cwd()
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    for file in models.iterdir():
+        (folder / file.name).symlink_to(file)
+    os.chdir(folder)
+    try:
+        assert main(LONG) == 0
+    finally:
+        os.chdir(before)
+    return folder / "run"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_goes_on_to_the_very_same_student(number, uninterrupted, tell):
+    process = subprocess.Popen([*COMMAND, *LONG], stderr=subprocess.PIPE, text=True)
+    metrics = Path("run/metrics.jsonl")
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    assert f"interrupted ({number.name}): everything is saved in run." in said
+    assert "go on: kdsurgeon distill --resume run" in said
+    assert 1 <= len(read_metrics(Path("run"))) < 4
+    load_model("run/student/last.safetensors")
+
+    assert "epoch 4/4" in tell("distill", "--resume", "run")
+    assert [line["epoch"] for line in read_metrics(Path("run"))] == [1, 2, 3, 4]
+    for name in ("last", "best"):
+        file = f"student/{name}.safetensors"
+        assert Path("run", file).read_bytes() == (uninterrupted / file).read_bytes()
+    wanted = [line["losses"] for line in read_metrics(uninterrupted)]
+    assert [line["losses"] for line in read_metrics(Path("run"))] == wanted
+
+
+def test_a_run_that_is_done_is_done_again_without_a_step(uninterrupted, tell):
+    shutil.copytree(uninterrupted, "run")
+    before = Path("run/student/last.safetensors").stat().st_mtime_ns
+    assert "epoch" not in tell("distill", "--resume", "run").split("N stepping stones")[1]
+    assert Path("run/student/last.safetensors").stat().st_mtime_ns == before
+
+
+# ── plugins ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def install(folder, name, *, kind, source):
+    """A distribution ``name`` of one module that publishes itself as ``kind``."""
+    (folder / f"{name}.py").write_text(source)
+    info = folder / f"{name}-1.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
+    (info / "entry_points.txt").write_text(f"[kdsurgeon.{kind}]\n{name} = {name}:build\n")
+
+
+@pytest.fixture
+def decoys(tmp_path, monkeypatch):
+    """Twenty plugins that leave a mark when they are imported, and two that crash."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    mark = "import pathlib\npathlib.Path('IMPORTED').touch()\n"
+    for index in range(20):
+        kind = ("models", "distances")[index % 2]
+        install(folder, f"decoy{index}", kind=kind, source=mark)
+    for kind in ("models", "distances"):
+        install(folder, f"crasher_{kind}", kind=kind, source="raise RuntimeError('boom')\n")
+    monkeypatch.syspath_prepend(folder)
+    yield folder
+    assert not [name for name in sys.modules if name.startswith(("decoy", "crasher"))]
+
+
+def test_no_verb_imports_a_plugin_that_was_not_named(decoys, tell):
+    quick = ("--epochs", "1", "--batch-size", "512", "--distance", "dkd")
+    listed = tell("plugins")
+    assert listed.count("decoy") >= 20
+    tell("inspect", "teacher.pt")
+    tell("partition", "teacher.pt", "demo/student", "-o", "plan.yaml")
+    tell("distill", *PAIR, *DIGITS, *quick, "-o", "runs/one")
+    for line in (("eval", "runs/one"), ("runs", "runs"), ("doctor",)):
+        tell(*line)
+    for line in (
+        ("partition", "dekoy0/x", "student.pt"),
+        ("distill", *PAIR, "--distance", "dekoy1"),
+    ):
+        assert main(list(line)) == 2
+    tell("export", "runs/one", "student.onnx")
+    tell("benchmark", "student.pt", "student.onnx")
+    tell("convert", "student.pt", "student.safetensors")
+    tell("verify", "runs/one")
+    assert not Path("IMPORTED").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["partition", "crasher_models/net", "student.pt"],
+        ["distill", *PAIR, *DIGITS, "--distance", "crasher_distances", "-o", "run"],
+    ],
+)
+def test_a_plugin_that_crashes_is_named_with_its_distribution(decoys, line, capsys):
+    assert main(line) == 7
+    first, *notes = capsys.readouterr().err.splitlines()
+    name = next(word.split("/")[0] for word in line if word.startswith("crasher"))
+    assert first == f'error: the plugin "{name}" of {name} 1.5 failed to load.'
+    assert any("RuntimeError: boom" in note for note in notes)
+    assert not Path("run").exists()
+
+
+def test_foreign_plugins_can_be_hidden(decoys, tell, monkeypatch):
+    monkeypatch.setenv("KDSURGEON_NO_PLUGINS", "0")
+    shown = tell("plugins", "--no-plugins")
+    assert "decoy" not in shown and "demo" in shown
+    assert main(["partition", "crasher_models/net", "student.pt"]) == 2
