@@ -60,7 +60,7 @@ def load(kind: str, name: str) -> Any:
     plugin = _describe(kind, entries[name])
     try:
         return entries[name].load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f'the plugin "{name}" of {plugin.distribution} {plugin.version} failed to load.',
             where=plugin.target,
@@ -72,11 +72,12 @@ def load(kind: str, name: str) -> Any:
 def _entries(kind: str) -> dict[str, EntryPoint]:
     assert kind in KINDS, kind
     own_only = os.environ.get("KDSURGEON_NO_PLUGINS", "") not in ("", "0")
-    return {
-        entry.name: entry
-        for entry in entry_points(group=f"kdsurgeon.{kind}")
-        if not own_only or (entry.dist and entry.dist.name == "kdsurgeon")
-    }
+    found = sorted(entry_points(group=f"kdsurgeon.{kind}"), key=_is_own)  # of one name, ours
+    return {entry.name: entry for entry in found if _is_own(entry) or not own_only}
+
+
+def _is_own(entry: EntryPoint) -> bool:
+    return entry.dist is not None and entry.dist.name == "kdsurgeon"
 
 
 def _describe(kind: str, entry: EntryPoint) -> Plugin:

@@ -191,11 +191,21 @@ def check_is_free(path: str | Path) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Every line of a run folder's metrics.jsonl, one for each epoch that ended."""
+    """Every line of a run folder's metrics.jsonl, one for each epoch that ended.
+
+    A last line that a killed process left unfinished does not count. Raises
+    :class:`ModelFileError` when another line cannot be read.
+    """
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ModelFileError(
+            f"{path} is damaged.", why=str(error), fix="remove the lines that are not JSON"
+        ) from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

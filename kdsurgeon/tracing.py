@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from kdsurgeon.errors import TraceError
 _CONSTANT_ATTRIBUTES = frozenset(
     {"dtype", "ndim", "is_cuda", "is_sparse", "is_quantized", "layout", "requires_grad"}
 )
-_IN_PLACE_OPERATORS = frozenset(
+IN_PLACE_OPERATORS = frozenset(
     {
         operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
         operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
@@ -100,7 +100,7 @@ def trace(
         raise _explain(error, model, example, name, tracer) from error
     graph.output_node().meta["qualname"] = "output"
     _check_logits(graph, name)
-    _redirect_reads_after_writes(graph, model)
+    _redirect_reads_after_writes(graph, model, name)
     _drop_unread(graph)
     graph.lint()
     graph_module = fx.GraphModule(model, graph, class_name=type(model).__name__)
@@ -145,6 +145,19 @@ class _ValueProxy(fx.Proxy):
 
     def __hash__(self) -> int:
         return id(self.node)
+
+
+def _augmented(operation: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], Any]:
+    """``x += y`` as the write in place that it is; torch.fx alone records ``x + y``."""
+
+    def record(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return record
+
+
+for _operation in IN_PLACE_OPERATORS:
+    setattr(_ValueProxy, f"__{_operation.__name__}__", _augmented(_operation))
 
 
 def _known(value: Any) -> Any:
@@ -244,6 +257,8 @@ class _ValueTracer(fx.Tracer):
             base = str(node.target)
         else:
             operation = str(getattr(node.target, "__name__", node.target))
+            if node.target in IN_PLACE_OPERATORS:
+                operation = operation.removeprefix("i")
             base = ".".join(part for part in (self._scope[-1], operation.strip("_")) if part)
         count = self._names[base] = self._names.get(base, -1) + 1
         return f"{base}_{count}" if count else base
@@ -348,11 +363,12 @@ def _check_logits(graph: fx.Graph, name: str) -> None:
 def _describe(value: Any) -> str:
     value = value.meta["val"] if isinstance(value, fx.Node) else value
     if isinstance(value, Tensor):
-        return f"a tensor of shape {'×'.join(map(str, value.shape))}"
-    if isinstance(value, dict):
+        return f"a tensor of shape {'×'.join(map(str, value.shape)) or '() (one number)'}"
+    if isinstance(value, Mapping):
         return f"a dict with the keys {', '.join(map(str, value))}"
     if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)} values"
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return f"a {kind} of {len(value)} values"
     return f"a {type(value).__name__}"
 
 
@@ -364,7 +380,7 @@ def writes_in_place(node: fx.Node, model: nn.Module) -> bool:
         name = str(node.target)
         return name.endswith("_") and not name.endswith("__")
     if node.op == "call_function":
-        if node.target in _IN_PLACE_OPERATORS:
+        if node.target in IN_PLACE_OPERATORS:
             return isinstance(node.meta["val"], Tensor)
         name = getattr(node.target, "__name__", "")
         in_place = node.kwargs.get("inplace", False)
@@ -372,18 +388,34 @@ def writes_in_place(node: fx.Node, model: nn.Module) -> bool:
     return False
 
 
-def _redirect_reads_after_writes(graph: fx.Graph, model: nn.Module) -> None:
+def _redirect_reads_after_writes(graph: fx.Graph, model: nn.Module, name: str) -> None:
     """Let every later reader of an overwritten tensor read the writer's result instead.
 
-    The same values in the same order, and from then on in-place and out-of-place runs agree.
+    The same values in the same order, and from then on in-place and out-of-place runs agree. That
+    holds only while nobody reads the same memory through another view; who does is refused.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
+    sharing: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         if writes_in_place(node, model) and node.args and isinstance(node.args[0], fx.Node):
             written = node.args[0]
             for reader in list(written.users):
                 if order[reader] > order[node]:
                     reader.replace_input_with(written, node)
+            for other in sharing.get(_memory(written), []):
+                if other is not written and any(order[user] > order[node] for user in other.users):
+                    raise TraceError(
+                        f"{name} overwrites a tensor through a view of it.",
+                        where=f"{node.meta['qualname']} writes what {other.meta['qualname']} holds",
+                        fix="write out of place there, e.g. x = x * mask instead of x.mul_(mask)",
+                    )
+        sharing.setdefault(_memory(node), []).append(node)
+
+
+def _memory(node: fx.Node) -> int:
+    """Which memory a node's tensor lies in; views of a tensor lie in the same."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else id(node)
 
 
 def _drop_unread(graph: fx.Graph) -> None:
@@ -407,7 +439,7 @@ def _explain(
     reason = _first_line(error)
     if isinstance(error, _DataDependent):
         return TraceError(
-            f"{name} cannot be captured as a graph: {reason}.",
+            f"{name} cannot be captured as a graph: {error}.",
             where=place,
             fix="move the decision out of forward, or hand kdsurgeon the part without it",
         )
@@ -420,7 +452,7 @@ def _explain(
             fix="give the size the model was made for: --input-size C,H,W",
         )
     return TraceError(
-        f"{name} cannot be captured as a graph: {type(error).__name__}: {reason}",
+        f"{name} cannot be captured as a graph: {reason}",
         where=place,
         fix="rewrite that line with torch operations, or register the module as a leaf",
     )
@@ -437,7 +469,8 @@ def _refusal(model: nn.Module, example: Tensor) -> Exception | None:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    message = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _source_line(error: Exception) -> str:

@@ -205,14 +205,19 @@ def _backward(
         raise _not_finite("gradient", norm.item(), state)
     if recipe.optim.clip_grad is not None:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), recipe.optim.clip_grad, norm)
-    state.optimizer.step()
+    try:
+        state.optimizer.step()
+    except (RuntimeError, OverflowError) as error:  # a rate that float32 cannot hold
+        raise NumericsError(
+            f"step {state.step + 1:,}: the update failed.", why=str(error), fix="lower --lr"
+        ) from error
     state.optimizer.zero_grad()
     state.step += 1
 
 
 def _not_finite(what: str, value: float, state: TrainingState) -> NumericsError:
     return NumericsError(
-        f"step {state.step + 1:,}: the {what} is {value} before the update; nothing was changed.",
+        f"step {state.step + 1:,}: the {what} is {value} before the update; no weight was changed.",
         where=f"epoch {state.epoch + 1}, batch {state.batch + 1}",
         fix="lower --lr, raise --temperature, or add --clip-grad 1.0",
     )

@@ -473,6 +473,7 @@ def test_a_teacher_near_chance_stops_the_run(refused):
         ("plan: 1", "plan: 2", "is a plan of version 2"),
         ("plan: 1", "paln: 1", "is not a plan"),
         ("teacher: pool", "teacher: pol", 'did you mean "pool"?'),
+        ("teacher: pool", "teacher: 3", "the teacher of boundary 4 is 3, not a name"),
         ("weight: 0.25", "weight: heavy", "the weight of boundary 2 is 'heavy'"),
         ("weight: 0.25", "weight: .nan", "the weight of boundary 2 is nan"),
         ("adapter: conv", "adapter: cnov", 'did you mean "conv"?'),
@@ -698,6 +699,22 @@ def test_a_run_is_not_resumed_with_another_teacher(run, refused):
     refused(["distill", "--resume", run], 2, "the teacher of this run changed", "put it back")
 
 
+@pytest.mark.parametrize(
+    "name, old, new, what",
+    [
+        ("config.yaml", "epochs: 2", "epochs: 3", "the recipe of this run changed"),
+        ("plan.yaml", "weight: 0.5", "weight: 0.75", "the plan of this run changed"),
+        ("run.json", '"data": "', '"data": "0', "the data of this run changed"),
+        ("run.json", '"threads": ', '"threads": 9999', "--threads 99,99"),
+    ],
+)
+def test_a_run_edited_behind_its_back_is_not_resumed(run, name, old, new, what, refused):
+    text = (run / name).read_text()
+    assert old in text
+    (run / name).write_text(text.replace(old, new))
+    refused(["distill", "--resume", run], 2, what, "fix:")
+
+
 @pytest.mark.parametrize("name", ["run.json", "plan.yaml", "config.yaml"])
 @pytest.mark.parametrize("damage", ["gone", "cut", "junk"])
 def test_a_run_that_lost_its_record_is_not_resumed(run, name, damage, refused):
@@ -709,6 +726,22 @@ def test_a_run_that_lost_its_record_is_not_resumed(run, name, damage, refused):
     code = 3 if name == "run.json" else 2
     words = [] if name == "config.yaml" and damage == "gone" else [name]
     refused(["distill", "--resume", run], code, *words)
+
+
+def test_metrics_that_a_killed_process_left_unfinished_do_not_count(run, capsys):
+    metrics = run / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + whole[:40])
+    assert main(["runs", str(run.parent)]) == 0
+    assert main(["distill", "--resume", str(run)]) == 0
+    assert metrics.read_text() == whole
+
+
+def test_metrics_that_are_damaged_are_named(run, refused):
+    metrics = run / "metrics.jsonl"
+    metrics.write_text("{junk\n" + metrics.read_text())
+    refused(["distill", "--resume", run], 3, "metrics.jsonl is damaged", "not JSON")
+    refused(["runs", run.parent], 3, "metrics.jsonl is damaged", "not JSON")
 
 
 def damage(checkpoint):

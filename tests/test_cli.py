@@ -336,13 +336,15 @@ def test_a_run_that_is_done_is_done_again_without_a_step(uninterrupted, tell):
 # ── plugins ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def install(folder, name, *, kind, source):
-    """A distribution ``name`` of one module that publishes itself as ``kind``."""
+def install(folder, name, *, kind, source, publishes=None):
+    """A distribution ``name`` of one module that publishes itself, or another name, as ``kind``."""
     (folder / f"{name}.py").write_text(source)
     info = folder / f"{name}-1.5.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
-    (info / "entry_points.txt").write_text(f"[kdsurgeon.{kind}]\n{name} = {name}:build\n")
+    (info / "entry_points.txt").write_text(
+        f"[kdsurgeon.{kind}]\n{publishes or name} = {name}:build\n"
+    )
 
 
 @pytest.fixture
@@ -396,6 +398,17 @@ def test_a_plugin_that_crashes_is_named_with_its_distribution(decoys, line, caps
     assert first == f'error: the plugin "{name}" of {name} 1.5 failed to load.'
     assert any("RuntimeError: boom" in note for note in notes)
     assert not Path("run").exists()
+
+
+def test_a_plugin_that_takes_the_name_of_ours_is_passed_over(tmp_path, monkeypatch, tell):
+    (tmp_path / "site").mkdir()
+    crash = "raise SystemExit(0)\n"
+    install(tmp_path / "site", "thief", kind="models", source=crash, publishes="demo")
+    install(tmp_path / "site", "quitter", kind="models", source=crash)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "site")])
+    assert "stages.0.relu_1" in tell("inspect", "demo/teacher", "--input-size", "1,8,8")
+    assert main(["inspect", "quitter/net"]) == 7
+    assert "thief" not in sys.modules
 
 
 def test_foreign_plugins_can_be_hidden(decoys, tell, monkeypatch):

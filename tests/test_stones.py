@@ -259,21 +259,6 @@ def test_a_right_surgery_is_certified_with_no_gap():
     assert proof.merged_gap < 1e-5
 
 
-class WritesThroughAView(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 4, 3, 2, 1)
-        self.second = nn.Conv2d(4, 8, 3, 2, 1)
-        self.head = nn.Linear(8, 10)
-
-    def forward(self, x):
-        x = self.first(x)
-        flat = x.flatten(2)
-        x = self.second(x)
-        flat.mul_(0.0)
-        return self.head(x.mean((2, 3)))
-
-
 def test_certifying_leaves_both_models_as_they_were():
     plan = planned()
     models_before = [
@@ -369,3 +354,16 @@ def test_a_plan_without_boundaries_is_plain_distillation():
     assert plan.stones == ()
     assert synthesize(plan)(models.images(3)).stones.shape == (0, 3, 10)
     assert plan_stones(plan.alignment) == plan
+
+
+def test_a_student_that_writes_in_place_trains_like_one_that_does_not():
+    from tests.test_tracing import WritesInPlace
+
+    plan = partition(models.make("chain"), WritesInPlace(), models.images(2), blocks=1)
+    proof = certify(plan)
+    assert (proof.teacher_gap, proof.student_gap) == (0.0, 0.0)
+    logits = synthesize(plan)(models.images(4))
+    block_kd_loss(logits, models.labels(4)).total.backward()
+    student = plan.student.trace.model
+    assert torch.equal(logits.student, student(models.images(4)))
+    assert all(parameter.grad is not None for parameter in student.parameters())

@@ -72,9 +72,49 @@ class ReturnsMap(nn.Module):
         return x * 2
 
 
+class WritesThroughAView(nn.Module):
+    def forward(self, x):
+        x = x * 2
+        x.flatten(1).mul_(0.5)
+        return x.flatten(1)
+
+
+class AssignsItems(nn.Module):
+    def forward(self, x):
+        x = x * 2
+        x[:, 0] = 1.0
+        return x.flatten(1)
+
+
 class CallsForeignCode(nn.Module):
     def forward(self, x):
         return torch.from_numpy(x.numpy()).flatten(1)
+
+
+class WritesInPlace(nn.Module):
+    """Every way of writing in place that keeps the tensor whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.act = nn.Hardswish(inplace=True)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.conv(x)
+        shortcut = x
+        x = self.act(x)
+        x = nn.functional.relu(x, inplace=True)
+        x.add_(0.5)
+        x *= 2
+        x = x + shortcut
+        return self.head(x.relu_().mean((2, 3)))
+
+
+def test_writes_in_place_are_kept_in_order():
+    model = WritesInPlace().eval()
+    captured = trace(model, models.images(2))
+    assert torch.equal(captured.graph_module(models.images(3)), model(models.images(3)))
 
 
 @pytest.mark.parametrize(
@@ -83,6 +123,8 @@ class CallsForeignCode(nn.Module):
         (Branches(), "branches on the values of a tensor", "test_tracing.py"),
         (ReturnsDict(), "does not return one tensor of logits", "keys logits, aux"),
         (ReturnsMap(), "does not return one tensor of logits", "shape 2×3×16×16"),
+        (WritesThroughAView(), "overwrites a tensor through a view", "mul_1 writes what mul holds"),
+        (AssignsItems(), "does not support item assignment", "test_tracing.py"),
         (CallsForeignCode(), "cannot be captured as a graph", "test_tracing.py"),
         (nn.ModuleDict({'a"]; print(1) #': nn.ReLU()}), "quotes or control characters", "print"),
         (nn.Conv2d(1, 4, 3), "does not accept an input of shape 3×16×16", "1 channels"),

@@ -188,7 +188,10 @@ def _arguments(
         taken = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):  # a callable that does not tell
         return spec.arguments
-    can_take = any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in taken)
+    is_open = (
+        getattr(factory, "__init__", None) is not nn.Module.__init__
+    )  # which takes and refuses
+    can_take = any(p.name == "num_classes" or (is_open and p.kind is p.VAR_KEYWORD) for p in taken)
     return {**spec.arguments, "num_classes": num_classes} if can_take else spec.arguments
 
 

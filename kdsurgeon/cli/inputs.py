@@ -187,7 +187,7 @@ def batches(config: RunConfig, split: Split) -> tuple[Batches, Batches]:
     if augment == "auto":
         augment = split.train.default_augment
     train = Batches(split.train, config.batch_size, shuffle=True, seed=config.seed, augment=augment)
-    return train, Batches(split.val, 256, shuffle=False, seed=config.seed)
+    return train, Batches(split.val, config.batch_size, shuffle=False, seed=config.seed)
 
 
 def pick_device(name: str) -> torch.device:
@@ -205,9 +205,9 @@ def pick_device(name: str) -> torch.device:
 def check_threads(count: int) -> int:
     """``count``, or :class:`UsageError` where torch would crash for want of threads."""
     most = max(64, os.cpu_count() or 1)
-    if count > most:
+    if not 1 <= count <= most:
         raise UsageError(
-            f"--threads {count:,} is more than this machine can run.",
+            f"--threads {count:,} is not a number of threads for this machine.",
             where=f"{os.cpu_count()} cores",
             fix=f"at most {most}; best is one for each core",
         )

@@ -130,7 +130,9 @@ def resume_session(folder: Path, trust: Sequence[str]) -> None:
         for complaint in run.latest_checkpoint()[1]:
             warn(f"{complaint} An older one is used.")
         recorded = _recorded(folder / "run.json")
-        torch.set_num_threads(recorded["threads"])  # another number gives other bits
+        torch.set_num_threads(
+            inputs.check_threads(recorded["threads"])
+        )  # another number gives other bits
         session = open_session(settings, trust, plan=folder / "plan.yaml")
         _check_same_files(session, recorded)
         ready = announce(session)
@@ -278,7 +280,9 @@ def _recorded(path: Path) -> dict[str, Any]:
             "teacher": found["teacher"]["sha256"],
             "student": found["student"]["sha256"],
             "data": found["data"],
-            "threads": found["threads"],
+            "plan": found["plan"],
+            "recipe": found["recipe"],
+            "threads": int(found["threads"]),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelFileError(
@@ -293,6 +297,8 @@ def _check_same_files(session: Session, recorded: dict[str, Any]) -> None:
         "teacher": session.teacher.sha256,
         "student": session.student.sha256,
         "data": session.split.fingerprint,
+        "plan": session.plan.hash,
+        "recipe": session.settings.hash(),
     }
     for name, value in found.items():
         if recorded[name] != value:

@@ -189,6 +189,12 @@ def _check_plan_keys(name: str, data: Any) -> None:
                 f"{name}: boundary {depth} must name teacher and student (adapter and weight "
                 "are optional), and nothing else."
             )
+        for side in ("teacher", "student"):
+            if not isinstance(entry[side], str):
+                raise PlanError(
+                    f"{name}: the {side} of boundary {depth} is {entry[side]!r}, not a name.",
+                    fix=f'write it in quotes: "{entry[side]}"',
+                )
     for side in ("teacher", "student"):
         if not isinstance(data[side], Mapping):
             raise PlanError(f"{name}: {side} must hold the hash of its graph.")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kdsurgeon.partitioning import Partition
-from kdsurgeon.tracing import Trace, writes_in_place
+from kdsurgeon.tracing import IN_PLACE_OPERATORS, Trace, writes_in_place
 
 
 def graft(
@@ -61,8 +61,9 @@ def _write_out_of_place(node: fx.Node) -> None:
             node.target = str(target)[:-1]
     elif node.op == "call_function":
         name = getattr(target, "__name__", "")
-        if getattr(target, "__module__", "") == "_operator" and name.startswith("i"):
-            node.target = getattr(operator, name[1:], target)
+        if target in IN_PLACE_OPERATORS:
+            plain = name[1:]  # iadd → add, ior → or_
+            node.target = getattr(operator, plain, None) or getattr(operator, f"{plain}_")
         elif name.endswith("_") and callable(getattr(torch, name[:-1], None)):
             node.target = getattr(torch, name[:-1])
 
