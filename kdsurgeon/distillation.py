@@ -120,6 +120,13 @@ def prepare(
         blocks = "auto" if recipe.method == "block-kd" else 0
         example = next(iter(batches))[0][:2].to(next(student.parameters()).device)
         plan = partition(teacher, student, example, blocks=blocks)
+    for side, model in ((plan.teacher, teacher), (plan.student, student)):
+        if side.trace.model is not model:
+            raise PlanError(
+                f"the plan holds another {side.trace.name} than the one given.",
+                why="a plan trains the very objects it was made from",
+                fix="make it from these two: kdsurgeon.partition(teacher, student, example)",
+            )
     stones = synthesize(plan, depths=chosen_depths(plan, recipe), seed=recipe.seed)
     loss = loss_function(plan, recipe, stones.depths)
     return Distillation(stones, loss, plan, batches, recipe, validation, measured)

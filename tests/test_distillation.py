@@ -181,6 +181,18 @@ def test_the_best_student_is_the_one_with_the_highest_accuracy(tmp_path):
     assert accuracy(best, validation) == max(scores)
 
 
+def test_a_plan_made_from_other_objects_is_refused():
+    chosen = plan()
+    with pytest.raises(PlanError, match="another student than the one given"):
+        prepare(
+            chosen.teacher.trace.model,
+            copy.deepcopy(chosen.student.trace.model),
+            batches(),
+            plan=chosen,
+            recipe=Recipe(),
+        )
+
+
 def test_a_teacher_near_chance_is_refused_with_likely_causes():
     with pytest.raises(NumericsError, match="near chance") as caught:
         check_teacher(_Constant(), [(models.images(100), models.labels(100))])

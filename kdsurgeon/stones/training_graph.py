@@ -2,7 +2,8 @@
 
 It runs the student once, the teacher once without gradient, and the tails of all stones together:
 entering a teacher block, the running tensors of every shallower stone are concatenated along the
-batch. That is exact because the frozen teacher treats samples one by one.
+batch. That is exact because the frozen teacher treats samples one by one. Ours, where the paper's
+text was not available: the teacher's BatchNorm stays in evaluation mode, its dropout off.
 """
 
 from __future__ import annotations
