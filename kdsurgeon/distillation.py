@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdsurgeon import plugins
 from kdsurgeon.checkpoints import ModelCard, save_model
-from kdsurgeon.errors import NumericsError, PlanError
+from kdsurgeon.errors import NumericsError, PlanError, UsageError
 from kdsurgeon.evaluation import accuracy
 from kdsurgeon.losses import Losses, block_kd_loss, kl, task_loss
 from kdsurgeon.recipe import Recipe
@@ -111,15 +111,21 @@ def prepare(
     validation: Batches | None = None,
 ) -> Distillation:
     """Everything up to the first step of :func:`distill`; takes and raises the same."""
-    measured = None
-    if validation is not None:
-        measured = check_teacher(teacher, validation)
-    if recipe.method == "ce":
-        return _alone(student, batches, recipe, validation, measured)
+    example, target = _first_batch(batches)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise UsageError("no weight of the student requires a gradient: there is nothing to train.")
+    example = example[:2].to(next(student.parameters()).device)
     if plan is None:
         blocks = "auto" if recipe.method == "block-kd" else 0
-        example = next(iter(batches))[0][:2].to(next(student.parameters()).device)
         plan = partition(teacher, student, example, blocks=blocks)
+    classes = plan.student.trace.num_classes
+    if target.min() < 0 or target.max() >= classes:
+        raise UsageError(
+            f"a label is {int(target.max())}; the models have {classes} classes, counted from 0."
+        )
+    measured = None if validation is None else check_teacher(teacher, validation)
+    if recipe.method == "ce":
+        return _alone(student, batches, recipe, validation, measured)
     for side, model in ((plan.teacher, teacher), (plan.student, student)):
         if side.trace.model is not model:
             raise PlanError(
@@ -130,6 +136,26 @@ def prepare(
     stones = synthesize(plan, depths=chosen_depths(plan, recipe), seed=recipe.seed)
     loss = loss_function(plan, recipe, stones.depths)
     return Distillation(stones, loss, plan, batches, recipe, validation, measured)
+
+
+def _first_batch(batches: Batches) -> tuple[Tensor, Tensor]:
+    """The images and labels of the first batch, if that is what the batches hold."""
+    first: Any = next(iter(batches), None)
+    pair = isinstance(first, tuple | list) and len(first) == 2
+    if not pair or not all(isinstance(each, Tensor) for each in first):
+        kind = "nothing" if first is None else f"a {type(first).__name__}"
+        raise UsageError(
+            f"the batches hold {kind}, not pairs of tensors (images, labels).",
+            fix="give a DataLoader whose batches are (images, labels)",
+        )
+    images, target = first
+    if not images.is_floating_point() or target.dtype != torch.int64 or target.ndim != 1:
+        raise UsageError(
+            f"a batch holds images of {images.dtype} and labels of {target.dtype} with "
+            f"{target.ndim} axes.",
+            fix="give normalised images of float32, and class indices of int64, one per image",
+        )
+    return images, target
 
 
 def train_alone(

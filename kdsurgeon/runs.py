@@ -11,6 +11,7 @@ used instead. Nothing in it is a pickle.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -259,10 +260,11 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> ResourceError:
-    free = shutil.disk_usage(_existing(path)).free
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    free = shutil.disk_usage(_existing(path)).free / 1e6 if is_full else 0.0
     return ResourceError(
         f"{path} cannot be written: {error.strerror or error}.",
-        why=f"{free / 1e6:,.0f} MB are free there",
+        why=f"{free:,.0f} MB are free there" if is_full else None,
         fix="name a folder with room that you may write to: --output FOLDER",
     )
 

@@ -59,6 +59,10 @@ class Trace:
         assert len(nodes) == len(self.graph_module.graph.nodes), "two nodes share a name"
         object.__setattr__(self, "nodes", nodes)
 
+    def __repr__(self) -> str:
+        mode = "training" if self.training else "evaluation"
+        return f"Trace({self.name}, {len(self.nodes)} nodes, {mode} mode)"
+
     @property
     def logits(self) -> fx.Node:
         """The node whose value the model returns."""

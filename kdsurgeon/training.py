@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kdsurgeon.errors import NumericsError, UsageError
 from kdsurgeon.losses import Losses
 from kdsurgeon.recipe import OptimRecipe, Recipe
+from kdsurgeon.tracing import in_mode
 
 LossFunction = Callable[[Any, Tensor, float], Losses]
 """``loss(outputs, target, progress)``; progress runs from 0 to 1 over the whole run."""
@@ -132,6 +133,7 @@ def train(
     state = start(model, recipe) if state is None else state
     count = _count(batches)
     device = next(model.parameters()).device
+    layout: torch.memory_format | None = None
     while state.epoch < recipe.epochs:
         began = time.monotonic()
         seen = state.samples
@@ -140,7 +142,11 @@ def train(
         for images, target in _rest_of_epoch(batches, state):
             progress = (state.epoch * count + state.batch) / (recipe.epochs * count)
             learning_rate = _set_learning_rate(state.optimizer, recipe, progress)
-            losses = _losses(model, loss, images.to(device), target.to(device), recipe, progress)
+            images, target = images.to(device), target.to(device)
+            if layout is None:
+                layout = fastest_layout(model, images)
+            images = images.contiguous(memory_format=layout)
+            losses = _losses(model, loss, images, target, recipe, progress)
             ends_step = (state.batch + 1) % recipe.optim.grad_accum_steps == 0
             _backward(model, losses, state, recipe, take=ends_step or state.batch + 1 == count)
             _book(state, losses, len(images))
@@ -175,6 +181,21 @@ def _rest_of_epoch(
     return islice(iter(batches), state.batch, None)
 
 
+def fastest_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
+    """Channels last, on which convolutions run 1.3 times faster, where the model can take it.
+
+    A ``view`` that joins channels and positions cannot; such a model gets images as they come.
+    """
+    if images.ndim != 4:
+        return torch.contiguous_format
+    try:
+        with in_mode(model, training=False), torch.no_grad():
+            model(images[:2].contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last
+
+
 def _losses(
     model: nn.Module,
     loss: LossFunction,
@@ -183,8 +204,6 @@ def _losses(
     recipe: Recipe,
     progress: float,
 ) -> Losses:
-    if images.ndim == 4:  # convolutions run 1.3 times faster on this layout
-        images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.amp):
         return loss(model(images), target, progress)
 

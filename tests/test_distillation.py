@@ -16,7 +16,7 @@ from kdsurgeon.distillation import (
     prepare,
     train_alone,
 )
-from kdsurgeon.errors import DataError, NumericsError, PlanError
+from kdsurgeon.errors import DataError, NumericsError, PlanError, UsageError
 from kdsurgeon.evaluation import accuracy, evaluate
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Run
@@ -179,6 +179,56 @@ def test_the_best_student_is_the_one_with_the_highest_accuracy(tmp_path):
     best = models.make("inverted")
     best.load_state_dict(load_file(tmp_path / "run" / "student" / "best.safetensors"))
     assert accuracy(best, validation) == max(scores)
+
+
+class Flattens(torch.nn.Module):
+    """A view that joins channels and positions, as in the first VGGs."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, width, 3, 2, 1)
+        self.head = torch.nn.Linear(width * 64, models.CLASSES)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        return self.head(x.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "block-kd"])
+def test_a_model_that_joins_channels_and_positions_by_view_is_trained(method, capfd):
+    recipe = Recipe(method=method, epochs=1)
+    assert len(list(distill(Flattens(8), Flattens(4), batches(), recipe=recipe))) == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_a_teacher_that_is_the_student_is_refused():
+    model = models.make("residual")
+    with pytest.raises(PlanError, match="share weights"):
+        distill(model, model, batches())
+
+
+def test_a_student_without_trainable_weights_is_refused():
+    student = models.make("inverted").requires_grad_(False)
+    with pytest.raises(UsageError, match="nothing to train"):
+        distill(models.make("residual"), student, batches())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "hold nothing"),
+        ([{"image": models.images(), "label": models.labels()}], "hold a dict"),
+        ([(models.images().numpy(), models.labels().numpy())], "hold a tuple"),
+        ([(models.images(), models.labels().int())], "labels of torch.int32"),
+        ([(models.images().byte(), models.labels())], "images of torch.uint8"),
+        ([(models.images(), torch.eye(10)[models.labels()].long())], "with 2 axes"),
+        ([(models.images(), models.labels() + 10)], "the models have 10 classes"),
+        ([(models.images(), models.labels() - 10)], "the models have 10 classes"),
+    ],
+)
+def test_batches_of_another_kind_are_refused_in_words(data, message):
+    with pytest.raises(UsageError, match=message):
+        distill(models.make("residual"), models.make("inverted"), data)
 
 
 def test_a_plan_made_from_other_objects_is_refused():

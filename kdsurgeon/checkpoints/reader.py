@@ -9,6 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from kdsurgeon.checkpoints.pickles import (
     printable,
     storages_in,
 )
+from kdsurgeon.checkpoints.specs import importable_from
 from kdsurgeon.checkpoints.store import MAX_TENSORS, ModelCard, card_from, parse, unpack_card
 from kdsurgeon.errors import ModelFileError, ResourceError, UsageError
 
@@ -211,7 +213,13 @@ def _load(raw: bytes, name: str, *, safely: bool) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=safely)
+            with nullcontext() if safely else importable_from(Path.cwd()):
+                return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=safely)
+        except ModuleNotFoundError as error:
+            raise ModelFileError(
+                f'{name} needs the module "{error.name}", which is not found.',
+                fix="run from the folder that holds it, or install it",
+            ) from error
         except MemoryError as error:
             raise ResourceError(f"{name} does not fit into memory.") from error
         except Exception as error:  # torch fails in about ten ways on damaged files

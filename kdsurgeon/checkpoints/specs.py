@@ -219,7 +219,7 @@ def _import(spec: Spec, where: str) -> ModuleType:
     path = Path(where)
     if is_file and not path.is_file():
         raise UsageError(f"{where} does not exist.", where=spec.text, fix="check the path")
-    with _importable_from(path.resolve().parent if is_file else Path.cwd()):
+    with importable_from(path.resolve().parent if is_file else Path.cwd()):
         try:
             return _import_file(path) if is_file else importlib.import_module(where)
         except ModuleNotFoundError as error:
@@ -247,7 +247,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 @contextmanager
-def _importable_from(folder: Path) -> Iterator[None]:
+def importable_from(folder: Path) -> Iterator[None]:
     """Let ``import`` look into ``folder`` first, as ``python`` itself would."""
     sys.path.insert(0, str(folder))
     try:

@@ -62,7 +62,7 @@ def demo(
     ] = Path("kdsurgeon-demo"),
     seed: Annotated[int, typer.Option(help="of weights, split, order and augmentation")] = 0,
 ) -> None:
-    """All of it in about two minutes on a CPU, on real handwritten digits."""
+    """All of it in about a minute on a CPU, on real handwritten digits."""
     from kdsurgeon.cli.demo import play
 
     play(output, seed, lambda line: main(line, standalone=False))

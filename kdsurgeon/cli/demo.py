@@ -54,7 +54,8 @@ def _play(folder: Path, seed: int, run_verb: Callable[[Sequence[str]], int]) -> 
     teacher, student = build("teacher"), build("student")
     teacher_score = _train_teacher(teacher, digits, seed)
     for name, model in (("teacher", teacher), ("student", student)):
-        card = {"arch": f"demo/{name}", "input_size": [1, 8, 8], "num_classes": 10}
+        seen = {"mean": list(digits.train.mean), "std": list(digits.train.std)}
+        card = {"arch": f"demo/{name}", "input_size": [1, 8, 8], "num_classes": 10, **seen}
         torch.save({**card, "state_dict": model.state_dict()}, folder / f"{name}.pt")
     say(f"wrote {folder}/teacher.pt and {folder}/student.pt (the student is not trained yet)")
 
@@ -96,8 +97,6 @@ def _play(folder: Path, seed: int, run_verb: Callable[[Sequence[str]], int]) -> 
     say(f"accuracy after the last epoch on {images} held-out images: one image is {1 / images:.2%}")
     say(f"KD for {longer} epochs costs as many multiply-adds as Block-KD for {EPOCHS}")
     say("latency: one image, one thread; the four students are one network with other weights")
-    if deployed["ONNX int8"]["bytes"] >= deployed["ONNX fp32"]["bytes"]:
-        say("int8 does not pay for so few weights: its scales take more room than it saves")
 
 
 def _train_teacher(teacher: nn.Module, digits: Split, seed: int) -> float:

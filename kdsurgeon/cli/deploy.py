@@ -15,12 +15,13 @@ from kdsurgeon import __version__
 from kdsurgeon.checkpoints import Loaded, ModelCard, load_model
 from kdsurgeon.cli import inputs
 from kdsurgeon.cli.console import out, say, warn
+from kdsurgeon.cli.session import at_home
 from kdsurgeon.data import Dataset, Split
 from kdsurgeon.errors import UsageError
 from kdsurgeon.evaluation import accuracy
 from kdsurgeon.exporting import Exported, benchmark, read_metadata
 from kdsurgeon.exporting import export as export_model
-from kdsurgeon.recipe import DataRecipe, RunConfig, read_config
+from kdsurgeon.recipe import DataRecipe, RunConfig
 
 CALIBRATION_IMAGES = 512
 
@@ -33,7 +34,7 @@ def export_student(
     trust: Sequence[str],
     data_dir: str | None,
     calib_data: str | None,
-    size: inputs.Size | None,
+    wishes: DataRecipe,
     last: bool,
     opset: int,
     int8: bool,
@@ -46,14 +47,18 @@ def export_student(
     inputs.check_threads(threads)
     if not 0 <= tolerance <= 1:
         raise UsageError(f"--tolerance {tolerance} is not between 0 and 1.", fix="1e-5 is usual")
-    loaded, data = _student(target, arch, trust, data_dir, size, last)
+    loaded, data = _student(target, arch, trust, data_dir, wishes, last)
     if int8 and data is None and calib_data is None:
         raise UsageError("int8 must be calibrated on images.", fix="--calib-data FOLDER, or digits")
     if calib_data is not None:
-        calibration = _data(loaded, calib_data, size).train
+        calibration = _data(loaded, calib_data, wishes).train
     else:
         calibration = data.train if data else None
-    example = data.val.samples(slice(2)) if data else inputs.example_for([loaded], size, calib_data)
+    example = (
+        data.val.samples(slice(2))
+        if data
+        else inputs.example_for([loaded], wishes.input_size, calib_data)
+    )
     exported = export_model(
         loaded.model,
         output,
@@ -81,33 +86,44 @@ def _student(
     arch: str | None,
     trust: Sequence[str],
     data_dir: str | None,
-    size: inputs.Size | None,
+    wishes: DataRecipe,
     last: bool,
 ) -> tuple[Loaded, Split | None]:
     """The model to export, and the data it is proved on; a run brings both."""
     folder = Path(target)
     if not (folder / "config.yaml").is_file():
         loaded = load_model(target, arch=arch, trust=trust, flag="--arch")
-        return loaded, _data(loaded, data_dir, size) if data_dir else None
-    settings = read_config(folder / "config.yaml")
+        return loaded, _data(loaded, data_dir, wishes) if data_dir else None
+    if data_dir and Path(data_dir).exists():
+        data_dir = str(Path(data_dir).absolute())
+    with at_home(folder) as (folder, settings):
+        return _student_of_run(folder, settings, arch, trust, data_dir, wishes, last)
+
+
+def _student_of_run(
+    folder: Path,
+    settings: RunConfig,
+    arch: str | None,
+    trust: Sequence[str],
+    data_dir: str | None,
+    wishes: DataRecipe,
+    last: bool,
+) -> tuple[Loaded, Split]:
     best, newest = (folder / "student" / f"{name}.safetensors" for name in ("best", "last"))
     if not newest.is_file():
-        raise UsageError(f"{target} has no student yet.", fix="let it train for an epoch")
+        raise UsageError(f"{folder} has no student yet.", fix="let it train for an epoch")
     chosen = newest if last or not best.is_file() else best
     loaded = load_model(str(chosen), arch=arch or settings.student_arch, trust=trust, flag="--arch")
     say(f"student  {chosen}")
-    if data_dir is None and size is None:
+    if data_dir is None and wishes == DataRecipe():
         split = inputs.data_for(loaded, settings)  # held out as it was in training
     else:
-        split = _data(loaded, data_dir or settings.data_dir, size)
+        split = _data(loaded, data_dir or settings.data_dir, wishes)
     return replace(loaded, name=folder.name), split
 
 
-def _data(loaded: Loaded, source: str, size: inputs.Size | None) -> Split:
-    settings = RunConfig(
-        teacher="none", student="none", data_dir=source, data=DataRecipe(input_size=size)
-    )
-    return inputs.data_for(loaded, settings)
+def _data(loaded: Loaded, source: str, wishes: DataRecipe) -> Split:
+    return inputs.data_for(loaded, inputs.data_settings(source, wishes))
 
 
 def _spread(dataset: Dataset) -> Tensor:
@@ -165,6 +181,8 @@ def _announce(
         )
     out.print(table)
     say(f"one image, {threads} thread(s), CPU")
+    if done.int8 is not None and done.int8.bytes >= done.bytes:
+        say("int8 does not pay for so few weights: its scales take more room than it saves")
     return {
         row.name: {
             "accuracy": scores[row.name],

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kdsurgeon.errors import UsageError
+from kdsurgeon.recipe import DataRecipe
 
 MAX_VALUES = 1 << 28
 """More values in one input than any classifier takes: rather a typing mistake."""
@@ -33,6 +34,12 @@ DataDir = Annotated[
 ]
 InputSize = Annotated[
     str | None, typer.Option("--input-size", metavar="C,H,W", help="size of one input image")
+]
+Mean = Annotated[
+    str | None, typer.Option("--mean", metavar="M,…", help="per channel, of images in 0..1")
+]
+Std = Annotated[
+    str | None, typer.Option("--std", metavar="S,…", help="per channel, of images in 0..1")
 ]
 Blocks = Annotated[
     str | None, typer.Option("--blocks", metavar="N|auto", help="how many boundaries to plan")
@@ -73,6 +80,15 @@ def parse_numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
         raise UsageError(
             f"{flag} {text} is not a list of numbers.", fix=f"e.g. {flag} 0.5,0.5,0.5"
         ) from error
+
+
+def image_wishes(input_size: str | None, mean: str | None, std: str | None) -> DataRecipe:
+    """What three flags say of the images."""
+    return DataRecipe(
+        input_size=parse_size(input_size),
+        mean=parse_numbers(mean, "--mean"),
+        std=parse_numbers(std, "--std"),
+    )
 
 
 def parse_pairs(pairs: list[str] | None) -> list[tuple[str, str]] | None:

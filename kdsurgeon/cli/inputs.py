@@ -15,7 +15,7 @@ from kdsurgeon.checkpoints import Loaded, ModelCard, load_model, write_whole
 from kdsurgeon.cli.console import say, warn
 from kdsurgeon.data import Batches, Split
 from kdsurgeon.errors import ResourceError, UsageError
-from kdsurgeon.recipe import RunConfig
+from kdsurgeon.recipe import DataRecipe, RunConfig
 from kdsurgeon.stones import Plan, partition, read_plan
 from kdsurgeon.tracing import trace
 
@@ -123,7 +123,21 @@ def load_data(config: RunConfig, teacher: ModelCard) -> Split:
         say(note)
     for bad in split.bad:
         warn(f"left out {bad.path}: {bad.reason}")
+    mean, std = (",".join(f"{v:.4g}" for v in each) for each in (split.train.mean, split.train.std))
+    if wishes.mean:
+        source = "as asked for"
+    elif teacher.mean:
+        source = "as the model's file says"
+    else:
+        own = tuple(split.train.mean) == data.IMAGENET_MEAN
+        source = f"{'ImageNet' if own else 'measured'}, as the model's file does not say (--mean)"
+    say(f"images   normalised with mean {mean} std {std}, {source}")
     return split
+
+
+def data_settings(source: str, wishes: DataRecipe) -> RunConfig:
+    """Settings for a verb that needs data and no recipe."""
+    return RunConfig(teacher="none", student="none", data_dir=source, data=wishes)
 
 
 def data_for(loaded: Loaded, settings: RunConfig) -> Split:

@@ -21,6 +21,8 @@ def export(
         str | None, typer.Option("--calib-data", help="calibrate int8 on this data instead")
     ] = None,
     input_size: flags.InputSize = None,
+    mean: flags.Mean = None,
+    std: flags.Std = None,
     last: Annotated[
         bool, typer.Option("--last", help="a run's student after the last epoch, not its best")
     ] = False,
@@ -36,7 +38,7 @@ def export(
     threads: flags.Threads = 1,
 ) -> None:
     """Write the student as ONNX, prove it equal, measure accuracy, size and latency."""
-    size = flags.parse_size(input_size)
+    wishes = flags.image_wishes(input_size, mean, std)
     from kdsurgeon.cli.deploy import export_student
 
     export_student(
@@ -46,7 +48,7 @@ def export(
         trust=trust_code or (),
         data_dir=data_dir,
         calib_data=calib_data,
-        size=size,
+        wishes=wishes,
         last=last,
         opset=opset,
         int8=int8,

@@ -74,8 +74,8 @@ def distill(
     augment: Annotated[str | None, typer.Option(help="auto, none, shift, shift-flip")] = None,
     val_split: Annotated[float | None, typer.Option(help="held out, without a split")] = None,
     max_bad_images: Annotated[int | None, typer.Option(help="unreadable images to allow")] = None,
-    mean: Annotated[str | None, typer.Option(help="per channel, of images in 0..1")] = None,
-    std: Annotated[str | None, typer.Option(help="per channel, of images in 0..1")] = None,
+    mean: flags.Mean = None,
+    std: flags.Std = None,
     input_size: flags.InputSize = None,
     amp: Annotated[bool | None, typer.Option("--amp/--no-amp", help="mixed precision")] = None,
     amp_dtype: Annotated[str | None, typer.Option(help="bfloat16")] = None,
@@ -154,15 +154,17 @@ def evaluate(
     arch: flags.Arch = None,
     trust_code: flags.TrustCode = None,
     input_size: flags.InputSize = None,
+    mean: flags.Mean = None,
+    std: flags.Std = None,
 ) -> None:
     """Measure accuracy: of a run's student, teacher and every stone, or of one model."""
-    size = flags.parse_size(input_size)
+    wishes = flags.image_wishes(input_size, mean, std)
     from kdsurgeon.cli.session import evaluate_model, evaluate_run
 
     if (Path(target) / "config.yaml").is_file():
         evaluate_run(Path(target), trust_code or ())
     else:
-        evaluate_model(target, arch, trust_code or (), data_dir, size)
+        evaluate_model(target, arch, trust_code or (), data_dir, wishes)
 
 
 def runs(
@@ -187,4 +189,4 @@ def runs(
             path.name, settings.method, done, best, last, settings.teacher, settings.student
         )
     out.print(table)
-    say(f"{len(found)} runs; accuracy on held-out data")
+    say(f"{len(found)} run{'s' * (len(found) != 1)}; accuracy on held-out data")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -118,23 +120,23 @@ def start_session(settings: RunConfig, trust: Sequence[str], *, dry_run: bool) -
     folder = Path(settings.output) if settings.output else _fresh_folder(session)
     with Run.create(folder) as run:
         run.write("plan.yaml", session.plan.to_yaml())
-        run.write("run.json", json.dumps(_record(session, ready), indent=1))
+        run.write("run.json", json.dumps(_record(session, ready, run.path), indent=1))
         run.write("config.yaml", write_yaml(settings.dump()))
         _train(session, ready, run)
 
 
 def resume_session(folder: Path, trust: Sequence[str]) -> None:
     """Go on with the run in ``folder``, from its newest whole checkpoint."""
-    with Run.resume(folder) as run:
-        settings = read_config(folder / "config.yaml")
+    with at_home(Run.look(folder).path) as (folder, settings), Run.resume(folder) as run:
         for complaint in run.latest_checkpoint()[1]:
             warn(f"{complaint} An older one is used.")
         recorded = _recorded(folder / "run.json")
-        torch.set_num_threads(
-            inputs.check_threads(recorded["threads"])
-        )  # another number gives other bits
+        threads = inputs.check_threads(recorded["threads"])
+        torch.set_num_threads(threads)  # another number gives other bits
         session = open_session(settings, trust, plan=folder / "plan.yaml")
         _check_same_files(session, recorded)
+        if len(run.metrics()) >= settings.epochs:
+            say(f"{folder} has finished its epochs before: nothing is left to train")
         ready = announce(session)
         _train(session, ready, run)
 
@@ -192,7 +194,7 @@ def _train(session: Session, ready: Distillation, run: Run) -> None:
         name = signal.Signals(interrupt.signal).name
         raise Interrupted(
             f"interrupted ({name}): everything is saved in {run.path}.",
-            fix=f"go on: kdsurgeon distill --resume {run.path}",
+            fix=f"go on: kdsurgeon distill --resume {shlex.quote(str(run.path))}",
             exit_code=128 + interrupt.signal,
         )
     final = None
@@ -200,9 +202,13 @@ def _train(session: Session, ready: Distillation, run: Run) -> None:
         final = evaluate(ready.model, session.validation)
         out.print(accuracy_table(final))
     run.write("report.html", _report(session, ready, run, final))
-    say(f"student  {run.path}/student/best.safetensors")
+    lines = run.metrics()
+    best = max(lines, key=lambda line: line["accuracy"])
+    say(f"last     {run.path}/student/last.safetensors, accuracy {lines[-1]['accuracy']:.2%}")
+    say(f"best     {run.path}/student/best.safetensors, accuracy {best['accuracy']:.2%},")
+    say(f"         epoch {best['epoch']}, chosen on the images it is measured on")
     say(f"report   {run.path}/report.html")
-    say(f"next     kdsurgeon export {run.path} student.onnx --int8")
+    say(f"next     kdsurgeon export {shlex.quote(str(run.path))} student.onnx")
 
 
 def _report(session: Session, ready: Distillation, run: Run, final: Report | None) -> str:
@@ -220,8 +226,8 @@ def _report(session: Session, ready: Distillation, run: Run, final: Report | Non
 
 def evaluate_run(folder: Path, trust: Sequence[str]) -> None:
     """Student, teacher and every stone of a run on its validation data."""
-    with Run.look(folder) as run:
-        session = open_session(read_config(folder / "config.yaml"), trust, folder / "plan.yaml")
+    with at_home(folder) as (folder, settings), Run.look(folder) as run:
+        session = open_session(settings, trust, folder / "plan.yaml")
         checkpoint, complaints = run.latest_checkpoint()
         for complaint in complaints:
             warn(complaint)
@@ -236,15 +242,13 @@ def evaluate_run(folder: Path, trust: Sequence[str]) -> None:
 
 
 def evaluate_model(
-    source: str, arch: str | None, trust: Sequence[str], data_dir: str | None, size: Any
+    source: str, arch: str | None, trust: Sequence[str], data_dir: str | None, wishes: DataRecipe
 ) -> None:
     """One model on the validation part of a data set."""
     loaded = load_model(source, arch=arch, trust=trust, flag="--arch")
     if data_dir is None:
         raise UsageError("there is nothing to measure on.", fix="--data-dir FOLDER, or digits")
-    settings = RunConfig(
-        teacher=source, student=source, data_dir=data_dir, data=DataRecipe(input_size=size)
-    )
+    settings = inputs.data_settings(data_dir, wishes)
     split = inputs.data_for(loaded, settings)
     _, validation = inputs.batches(settings, split)
     found = accuracy(loaded.model, validation)
@@ -259,7 +263,7 @@ def _fresh_folder(session: Session) -> Path:
     return Path("runs") / f"{stamp}-{session.student.name}-{session.settings.method}"
 
 
-def _record(session: Session, ready: Distillation) -> dict[str, Any]:
+def _record(session: Session, ready: Distillation, folder: Path) -> dict[str, Any]:
     return {
         **environment(["kdsurgeon", *sys.argv[1:]]),
         "teacher": {"source": session.teacher.source, "sha256": session.teacher.sha256},
@@ -269,7 +273,29 @@ def _record(session: Session, ready: Distillation) -> dict[str, Any]:
         "plan": session.plan.hash,
         "recipe": session.settings.hash(),
         "threads": torch.get_num_threads(),
+        "started_in": os.path.relpath(Path.cwd(), folder),  # seen from the run folder
     }
+
+
+@contextmanager
+def at_home(folder: Path) -> Iterator[tuple[Path, RunConfig]]:
+    """Work where the run was started, so that the paths in its settings mean what they meant.
+
+    Yields the absolute run folder and its settings. Where the teacher is not found there (the
+    folder was moved), work where the user is.
+    """
+    folder = folder.absolute()
+    settings = read_config(folder / "config.yaml")
+    home = Path.cwd()
+    try:
+        recorded = json.loads((folder / "run.json").read_text(encoding="utf-8"))["started_in"]
+        started_in = (folder / recorded).resolve()
+    except (OSError, ValueError, KeyError, TypeError):
+        started_in = home
+    if (started_in / settings.teacher).exists() or not (home / settings.teacher).exists():
+        home = started_in if started_in.is_dir() else home
+    with chdir(home):
+        yield folder, settings
 
 
 def _recorded(path: Path) -> dict[str, Any]:

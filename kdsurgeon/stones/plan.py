@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kdsurgeon.adapters import AdapterSpec, adapter_for
 from kdsurgeon.alignment import Alignment, align
 from kdsurgeon.checkpoints import write_whole
-from kdsurgeon.errors import PlanError
+from kdsurgeon.errors import PlanError, nearest
 from kdsurgeon.losses.formulas import halving_weights
 from kdsurgeon.partitioning import CutPoint, Partition, fingerprint
 from kdsurgeon.recipe import read_yaml, write_yaml
@@ -44,6 +44,11 @@ class Plan:
     def __post_init__(self) -> None:
         assert [stone.depth for stone in self.stones] == list(range(1, len(self.stones) + 1))
         assert len(self.stones) == len(self.alignment.boundaries)
+
+    def __repr__(self) -> str:
+        pairs = self.alignment.boundaries
+        names = ", ".join(f"{pair.teacher.name} ← {pair.student.name}" for pair in pairs)
+        return f"Plan({len(self.stones)} stones: {names})"
 
     @property
     def teacher(self) -> Partition:
@@ -152,7 +157,7 @@ def read_plan(path: str | Path, teacher: Trace, student: Trace) -> Plan:
         if data[side].get("graph") != fingerprint(captured):
             raise PlanError(
                 f"{name} was made for another {side} than {captured.name}.",
-                why="the graph hashes differ",
+                why="the graphs differ: other layers, or images of another size",
                 fix="make a new plan: kdsurgeon partition TEACHER STUDENT -o plan.yaml",
             )
     entries = data["boundaries"]
@@ -185,9 +190,12 @@ def _check_plan_keys(name: str, data: Any) -> None:
     for depth, entry in enumerate(entries, start=1):
         allowed = {"teacher", "student", "adapter", "weight"}
         if not isinstance(entry, Mapping) or not {"teacher", "student"} <= set(entry) <= allowed:
+            unknown = sorted(set(entry) - allowed) if isinstance(entry, Mapping) else []
             raise PlanError(
                 f"{name}: boundary {depth} must name teacher and student (adapter and weight "
-                "are optional), and nothing else."
+                "are optional), and nothing else.",
+                unknown=", ".join(map(str, unknown)),
+                fix=nearest(str(unknown[0]), allowed) if unknown else None,
             )
         for side in ("teacher", "student"):
             if not isinstance(entry[side], str):

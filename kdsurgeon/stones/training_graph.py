@@ -60,7 +60,8 @@ class SteppingStones(nn.Module):
         self.train()
 
     def forward(self, images: Tensor) -> Logits:
-        student, stones, teacher = self._graphs[self.training](images)
+        # not by calling it: torch.fx prints to standard error when a graph module raises
+        student, stones, teacher = self._graphs[self.training].forward(images)
         return Logits(student, stones, teacher, self.depths)
 
     def train(self, mode: bool = True) -> SteppingStones:
@@ -98,7 +99,7 @@ class _CleanPass(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.graph_module(images)
+            return self.graph_module.forward(images)
 
 
 def synthesize(
@@ -137,6 +138,7 @@ def synthesize(
                 known=", ".join(map(str, known)),
                 fix="change loss.stones, or plan more blocks with --blocks",
             )
+    _check_are_two(plan)
     mixing = _mixes_samples(plan.teacher.trace)
     if merge and mixing:
         raise PlanError(
@@ -147,6 +149,18 @@ def synthesize(
         )
     merged = not mixing if merge is None else merge
     return SteppingStones(plan, chosen, merge=merged, seed=seed)
+
+
+def _check_are_two(plan: Plan) -> None:
+    teacher, student = plan.teacher.trace.model, plan.student.trace.model
+    shared = {id(parameter) for parameter in teacher.parameters()}
+    for name, parameter in student.named_parameters():
+        if id(parameter) in shared:
+            raise PlanError(
+                "teacher and student share weights, so that training one changes the other.",
+                where=name,
+                fix="give the student weights of its own: copy.deepcopy(model)",
+            )
 
 
 def _training_graph(
