@@ -75,7 +75,6 @@ def _play(folder: Path, seed: int, run_verb: Callable[[Sequence[str]], int]) -> 
     rows = benchmark({"teacher": teacher, "student": student}, digits.val.samples(slice(1)))
     teacher_ms, student_ms = (row.latency.median_ms for row in rows)
     teacher_cost, student_cost = _cost(teacher), _cost(student)
-    size = (folder / "student.pt").stat().st_size
     say()
     table = [
         Row("teacher", teacher_score, *teacher_cost, _bytes(folder / "teacher.pt"), teacher_ms)
@@ -86,6 +85,7 @@ def _play(folder: Path, seed: int, run_verb: Callable[[Sequence[str]], int]) -> 
         (f"KD, {longer} epochs", "kd-longer"),
         ("Block-KD", "block-kd"),
     ):
+        size = _bytes(folder / run / "student" / "last.safetensors")
         table.append(Row(name, _last_accuracy(folder / run), *student_cost, size, student_ms))
     for name in ("ONNX fp32", "ONNX int8"):
         found = deployed[name]
