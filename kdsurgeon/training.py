@@ -70,10 +70,11 @@ class TrainingState:
     step: int = 0
     samples: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, Any]:
         """The position as plain numbers."""
-        names = ("epoch", "batch", "step", "samples", "sums")
+        names = ("epoch", "batch", "step", "samples", "sums", "counts")
         return {name: getattr(self, name) for name in names}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -156,7 +157,8 @@ def train(
                 yield _epoch(state, recipe, learning_rate, began, is_complete=False)
                 return
         finished = _epoch(state, recipe, learning_rate, began, is_complete=True)
-        state.epoch, state.batch, state.samples, state.sums = state.epoch + 1, 0, 0, {}
+        state.epoch, state.batch, state.samples = state.epoch + 1, 0, 0
+        state.sums, state.counts = {}, {}
         yield finished
         if stop():
             return
@@ -245,12 +247,14 @@ def _not_finite(what: str, value: float, state: TrainingState) -> NumericsError:
 def _book(state: TrainingState, losses: Losses, samples: int) -> None:
     for name, value in {"total": losses.total.detach(), **losses.parts}.items():
         state.sums[name] = state.sums.get(name, 0.0) + value.item()
+        state.counts[name] = state.counts.get(name, 0) + 1
     state.batch += 1
     state.samples += samples
 
 
 def _means(state: TrainingState) -> dict[str, float]:
-    return {name: value / state.batch for name, value in state.sums.items()}
+    """Over the steps in which a loss was there: the ensemble's begins inside an epoch."""
+    return {name: value / state.counts[name] for name, value in state.sums.items()}
 
 
 def _epoch(

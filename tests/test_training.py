@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,6 +33,16 @@ def test_an_epoch_reports_steps_samples_and_mean_losses():
     ]
     assert epochs[1].losses["total"] < epochs[0].losses["total"]
     assert set(epochs[0].losses) == {"total", "ce student"}
+
+
+def test_a_loss_that_begins_inside_an_epoch_is_averaged_over_its_own_steps():
+    def late(logits, target, progress):
+        losses = task_loss(logits, target)
+        parts = losses.parts | ({"late": torch.tensor(6.0)} if progress > 0.5 else {})
+        return replace(losses, parts=parts)
+
+    (epoch,) = train(models.make("chain"), late, batches(4), Recipe(epochs=1))
+    assert epoch.losses["late"] == 6.0
 
 
 def test_training_learns_what_can_be_learnt():
