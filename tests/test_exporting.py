@@ -765,11 +765,15 @@ def test_the_int8_file_is_quantized_and_measured(exported: Exported) -> None:
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
-def test_the_int8_file_carries_the_metadata_on(exported: Exported) -> None:
+def test_the_int8_file_carries_the_metadata_on_but_does_not_call_itself_verified(
+    exported: Exported,
+) -> None:
     assert exported.int8 is not None
     found = read_metadata(exported.int8.path)
     scheme = json.loads(found.pop("kdsurgeon.quantization"))
-    assert found == read_metadata(exported.path)
+    original = read_metadata(exported.path)
+    assert original.pop("kdsurgeon.verified") == "true"
+    assert found == original
     assert scheme["calibration_images"] == 64
 
 

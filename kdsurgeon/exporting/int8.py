@@ -135,6 +135,7 @@ def _finished(model: onnx.ModelProto, original: onnx.ModelProto, images: int) ->
     del model.metadata_props[:]
     scheme = {"activations": "u8", "weights": "s8 per channel", "calibration_images": images}
     properties = {entry.key: entry.value for entry in original.metadata_props}
+    properties.pop("kdsurgeon.verified", None)  # said of the fp32 file; this one differs
     properties["kdsurgeon.quantization"] = json.dumps(scheme)
     onnx.helper.set_model_props(model, dict(sorted(properties.items())))
     return model
