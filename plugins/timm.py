@@ -3,6 +3,7 @@
 # pyright: reportAttributeAccessIssue=false
 # It takes the library of the same name for this file.
 
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     if not timm.is_model(name):
         raise UsageError(
             f"timm {timm.__version__} has no model {name}.",
-            fix=f"timm.list_models('*{name.split('_')[0]}*') lists the near ones",
+            near=", ".join(get_close_matches(name, timm.list_models())),
+            fix="timm.list_models() lists them",
         )
     return timm.create_model(name, **kwargs)

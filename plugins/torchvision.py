@@ -3,6 +3,7 @@
 # pyright: reportAttributeAccessIssue=false
 # It takes the library of the same name for this file.
 
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
@@ -27,6 +28,7 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     if name not in models.list_models():
         raise UsageError(
             f"torchvision has no model {name}.",
+            near=", ".join(get_close_matches(name, models.list_models())),
             fix="torchvision.models.list_models() lists them",
         )
     return models.get_model(name, **kwargs)

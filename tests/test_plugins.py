@@ -91,5 +91,6 @@ def test_a_model_source_builds_by_name_and_refuses_unknown_names(source, monkeyp
     monkeypatch.setitem(sys.modules, source, library)
     build = plugins.load("models", source)
     assert build("tiny", num_classes=3).out_features == 3
-    with pytest.raises(UsageError, match="no model huge"):
-        build("huge")
+    with pytest.raises(UsageError, match="no model tinny") as caught:
+        build("tinny")
+    assert caught.value.notes["near"] == "tiny"
