@@ -27,7 +27,7 @@ from torch.fx.proxy import Attribute
 from kdsurgeon.errors import TraceError
 
 _CONSTANT_ATTRIBUTES = frozenset(
-    {"dtype", "ndim", "is_cuda", "is_sparse", "is_quantized", "layout", "requires_grad"}
+    {"dtype", "ndim", "is_sparse", "is_quantized", "layout", "requires_grad"}
 )
 IN_PLACE_OPERATORS = frozenset(
     {
@@ -124,8 +124,8 @@ class _ValueProxy(fx.Proxy):
     def __getattr__(self, attribute: str) -> Any:
         value = self._value
         if isinstance(value, Tensor):
-            if attribute == "device":
-                return self.tracer.device  # pyright: ignore[reportAttributeAccessIssue]
+            if attribute in ("device", "is_cuda"):  # of the example, not of its stand-in
+                return getattr(self.tracer.example, attribute)  # pyright: ignore[reportAttributeAccessIssue]
             if attribute in _CONSTANT_ATTRIBUTES:
                 return getattr(value, attribute)
             if attribute in ("shape", "T", "mT", "H", "mH", "data"):
@@ -182,8 +182,7 @@ class _ValueTracer(fx.Tracer):
 
     def __init__(self, example: Tensor) -> None:
         super().__init__()
-        self.example = _without_data(example)
-        self.device = example.device
+        self.example = example
         self.leaves: set[nn.Module] = set()
         self.last_target = "input"
         self._evaluating = False
@@ -269,7 +268,7 @@ class _ValueTracer(fx.Tracer):
 
     def _evaluate(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            return self.example
+            return _without_data(self.example)
         self._evaluating = True
         try:
             return evaluate(node, self.root)

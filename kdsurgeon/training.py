@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from kdsurgeon.errors import NumericsError, UsageError
 from kdsurgeon.losses import Losses
 from kdsurgeon.recipe import OptimRecipe, Recipe
-from kdsurgeon.tracing import in_mode
 
 LossFunction = Callable[[Any, Tensor, float], Losses]
 """``loss(outputs, target, progress)``; progress runs from 0 to 1 over the whole run."""
@@ -178,9 +177,14 @@ def _count(batches: Iterable[tuple[Tensor, Tensor]]) -> int:
 def _rest_of_epoch(
     batches: Iterable[tuple[Tensor, Tensor]], state: TrainingState
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    if hasattr(batches, "set_epoch"):
-        batches.set_epoch(state.epoch)  # pyright: ignore[reportAttributeAccessIssue]
-    return islice(iter(batches), state.batch, None)
+    """From where the run stands; batches that can start there are not made to be skipped."""
+    source: Any = batches
+    if hasattr(source, "set_epoch"):
+        source.set_epoch(state.epoch)
+    if hasattr(source, "start_at"):
+        source.start_at(state.batch)
+        return iter(source)
+    return islice(iter(source), state.batch, None)
 
 
 def fastest_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
@@ -190,11 +194,14 @@ def fastest_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
     """
     if images.ndim != 4:
         return torch.contiguous_format
+    model.eval()  # draws nothing and moves no statistics
     try:
-        with in_mode(model, training=False), torch.no_grad():
+        with torch.no_grad():
             model(images[:2].contiguous(memory_format=torch.channels_last))
     except RuntimeError:
         return torch.contiguous_format
+    finally:
+        model.train()
     return torch.channels_last
 
 

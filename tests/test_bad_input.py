@@ -17,10 +17,7 @@ from torch import nn
 
 from kdsurgeon.checkpoints import load_model
 from kdsurgeon.cli import main
-from kdsurgeon.data import Batches, load
 from kdsurgeon.demo import build
-from kdsurgeon.distillation import train_alone
-from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Run, read_checkpoint, read_metrics
 
 DIGITS = ("--data-dir", "digits")
@@ -75,19 +72,11 @@ def number():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(digit_models, tmp_path_factory):
     """A folder with a teacher that knows digits, a student that does not, and odd factories."""
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    teacher, student = build("teacher"), build("student")
-    digits = load("digits").train
-    recipe = Recipe(method="ce", epochs=1, optim={"lr": 3e-3, "warmup_epochs": 0.2})
-    for _ in train_alone(teacher, Batches(digits, 64, shuffle=True, seed=0), recipe):
-        pass
-    for name, model in (("teacher", teacher), ("student", student)):
-        card = {"arch": f"demo/{name}", "input_size": [1, 8, 8], "num_classes": 10}
-        torch.save({**card, "state_dict": model.state_dict()}, folder / f"{name}.pt")
-    torch.save(teacher.state_dict(), folder / "weights.pt")
+    folder = Path(shutil.copytree(digit_models, tmp_path_factory.mktemp("models") / "all"))
+    weights = torch.load(folder / "teacher.pt", weights_only=True)["state_dict"]
+    torch.save(weights, folder / "weights.pt")
     (folder / "nets.py").write_text(NETS)
     return folder
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,8 @@ import kdsurgeon
 from kdsurgeon.checkpoints import load_model
 from kdsurgeon.cli import app as application
 from kdsurgeon.cli import main
-from kdsurgeon.data import Batches, load
+from kdsurgeon.data import load
 from kdsurgeon.demo import build
-from kdsurgeon.distillation import train_alone
-from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import read_metrics
 
 VERBS = get_command(application.app).commands
@@ -29,27 +28,12 @@ DIGITS = ("--data-dir", "digits")
 COMMAND = (sys.executable, "-m", "kdsurgeon")
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    teacher, student = build("teacher"), build("student")
-    digits = load("digits").train
-    recipe = Recipe(method="ce", epochs=1, optim={"lr": 3e-3, "warmup_epochs": 0.2})
-    for _ in train_alone(teacher, Batches(digits, 64, shuffle=True, seed=0), recipe):
-        pass
-    for name, model in (("teacher", teacher), ("student", student)):
-        card = {"arch": f"demo/{name}", "input_size": [1, 8, 8], "num_classes": 10}
-        torch.save({**card, "state_dict": model.state_dict()}, folder / f"{name}.pt")
-    return folder
-
-
 @pytest.fixture(autouse=True)
-def workplace(models, tmp_path, monkeypatch):
+def workplace(digit_models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("PYTHONPATH", str(Path(kdsurgeon.__file__).parents[1]))
-    for file in models.iterdir():
+    for file in digit_models.iterdir():
         (tmp_path / file.name).symlink_to(file)
 
 
@@ -289,11 +273,11 @@ LONG = ("distill", *PAIR, *DIGITS, "--epochs", "4", "--batch-size", "64", "-o", 
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(models, tmp_path_factory):
+def uninterrupted(digit_models, tmp_path_factory):
     """The run folder of ``LONG``, made at one go."""
     before = Path.cwd()
     folder = tmp_path_factory.mktemp("uninterrupted")
-    for file in models.iterdir():
+    for file in digit_models.iterdir():
         (folder / file.name).symlink_to(file)
     os.chdir(folder)
     try:
@@ -434,3 +418,15 @@ def test_a_run_works_from_every_directory(uninterrupted, tell, tmp_path, monkeyp
     assert "parity" in tell("export", run, "student.onnx")
     assert Path("student.onnx").is_file()
     assert "nothing is left to train" in tell("distill", "--resume", run)
+
+
+def test_every_flag_that_a_message_advises_exists():
+    source = "".join(
+        path.read_text(encoding="utf-8") for path in Path(kdsurgeon.__file__).parent.rglob("*.py")
+    )
+    advised = set(re.findall(r"""(?<=[\s"'`(])--[a-z][a-z0-9-]+""", source))
+    known = {name for verb in VERBS.values() for parameter in verb.params
+             for name in (*parameter.opts, *parameter.secondary_opts)}  # fmt: skip
+    known |= {"--help", "--version", "--debug", "--json", "--no-plugins"}
+    assert len(advised) > 40
+    assert advised - known == set()

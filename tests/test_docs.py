@@ -2,13 +2,12 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from kdsurgeon.cli import main
-from kdsurgeon.demo import build
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["docs/command-line.md", "README.md"]
@@ -24,14 +23,9 @@ def commands(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsys):
+def test_the_commands_of_a_page_run_in_order(page, digit_models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    teacher = build("teacher")
-    _teach(teacher)
-    for name, model in (("teacher", teacher), ("student", build("student"))):
-        card = {"arch": f"demo/{name}", "input_size": [1, 8, 8], "num_classes": 10}
-        torch.save({**card, "state_dict": model.state_dict()}, f"{name}.pt")
+    shutil.copytree(digit_models, tmp_path, dirs_exist_ok=True)
     text = (ROOT / page).read_text(encoding="utf-8")
     recipe = re.search(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     if recipe:
@@ -41,11 +35,3 @@ def test_the_commands_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsys
     for line in found:
         line = re.sub(r"--epochs \d+", "--epochs 1", line)
         assert main(shlex.split(line)) == 0, (line, capsys.readouterr().err)
-
-
-def _teach(teacher):
-    from kdsurgeon import Batches, Recipe, load_data, train_alone
-
-    batches = Batches(load_data("digits").train, 64, shuffle=True, seed=0)
-    recipe = Recipe(method="ce", epochs=2, optim={"lr": 3e-3})
-    assert len(list(train_alone(teacher, batches, recipe))) == 2

@@ -9,7 +9,8 @@ from torch import nn
 from kdsurgeon.errors import NumericsError
 from kdsurgeon.losses import task_loss
 from kdsurgeon.recipe import Recipe
-from kdsurgeon.training import learning_rate_at, start, train
+from kdsurgeon.stones import partition, synthesize
+from kdsurgeon.training import fastest_layout, learning_rate_at, start, train
 from tests import models
 
 
@@ -116,6 +117,40 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_the_step(where):
     assert caught.value.notes["where"] == "epoch 1, batch 3"
     for name, value in model.named_parameters():
         assert torch.equal(value, seen[-1][name])
+
+
+def test_looking_for_the_layout_draws_nothing_and_moves_no_statistics():
+    student = models.make("chain")
+    student.insert(3, nn.Dropout(0.5, inplace=True))
+    stones = synthesize(partition(models.make("chain"), student, models.images(2)))
+    for model in (student, stones):
+        model.train()
+        state, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        assert fastest_layout(model, models.images()) == torch.channels_last
+        assert torch.equal(torch.get_rng_state(), random_state)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        assert all(module.training for module in student.modules())
+
+
+def test_batches_that_can_start_anywhere_are_not_made_to_be_skipped():
+    made = []
+
+    class Data(list):
+        start = 0
+
+        def start_at(self, batch):
+            self.start = batch
+
+        def __iter__(self):
+            for pair in list.__iter__(self[self.start :]):
+                made.append(pair)
+                yield pair
+
+    model = models.make("chain")
+    state = start(model, Recipe(epochs=1))
+    state.batch = 3
+    run(model, Recipe(epochs=1), data=Data(batches(4)), state=state)
+    assert len(made) == 1
 
 
 def test_accumulated_gradients_take_the_step_of_the_whole_batch():

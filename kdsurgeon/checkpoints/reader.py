@@ -346,7 +346,7 @@ def _check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
         raise ModelFileError(
             f"{name} holds NaN or infinite weights: {', '.join(bad[:3])}{more}.",
             why="a model with such weights answers with NaN",
-            fix="use an earlier checkpoint, or allow it: --allow-nonfinite",
+            fix="use an earlier checkpoint",
         )
 
 
