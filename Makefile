@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint venv clean
+.PHONY: demo test fuzz check lint venv clean
 export HF_HUB_OFFLINE := 1
 
 venv: $(STAMP)
@@ -25,6 +25,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --warnings
+
+fuzz: $(STAMP)        ## 10,000 random classifiers: what must hold of every cut and stone
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count 10000 --jobs 2
+
+zoo: $(STAMP)         ## every model that has a name, into docs/zoo.md; hours
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.run capture modes others pairs trained decoder report
 
 check: test
 

@@ -7,19 +7,24 @@ is fixed: it stands before both heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby, pairwise
-from math import log2
+from math import inf, log2
 from typing import Literal
 
 import networkx as nx
 
 from kdsurgeon.errors import AlignmentError
+from kdsurgeon.layouts import Activation
 from kdsurgeon.partitioning import CutPoint, Partition, cut, find_cut_points
 from kdsurgeon.tracing import Trace
 
 MAX_BLOCKS_WITHOUT_STAGES = 4  # isotropic networks: equal groups of compute
+MAX_CANDIDATES = 32  # of one model, evenly spread over its compute
+_OCTAVES = (1.0, 2.0, inf)  # how far resolutions may lie apart, relaxed in this order
+
+Similarity = Mapping[tuple[str, str], float]
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,15 @@ class RunnerUp:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Two partitions with equally many cuts, boundary by boundary."""
+    """Two partitions with equally many cuts, boundary by boundary.
+
+    ``relaxed`` says which wish had to be given up to find any chain.
+    """
 
     teacher: Partition
     student: Partition
     boundaries: tuple[Boundary, ...]
+    relaxed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert len(self.boundaries) == len(self.teacher.cuts) == len(self.student.cuts)
@@ -63,18 +72,24 @@ def align(
     *,
     blocks: int | Literal["auto"] = "auto",
     pairs: Sequence[tuple[str, str]] | None = None,
+    similarity: Callable[[Sequence[CutPoint], Sequence[CutPoint]], Similarity] | None = None,
 ) -> Alignment:
     """Cut both models at paired places.
 
     Args:
         blocks: how many boundaries (and stepping stones); ``"auto"`` is one per resolution stage,
             or four groups of equal compute where the resolution never changes; 0 pairs nothing.
-        pairs: names of (teacher node, student node) to use instead of searching.
+        pairs: names of (teacher cut point, student cut point) to use instead of searching; the
+            tensors of a wide cut point are joined by " + ".
+        similarity: how alike the candidates of both models are, from 0 to 1, by name; such as
+            :func:`kdsurgeon.similarity.probe` measures.
 
     Raises:
         AlignmentError: the models differ in classes, or share no usable boundary.
         PlanError: a hand-named pair is unknown, not a cut point, or out of order.
     """
+    for each in (teacher, student):
+        _check_logits(each)
     if teacher.num_classes != student.num_classes:
         raise AlignmentError(
             f"{teacher.name} has {teacher.num_classes} classes, "
@@ -86,61 +101,135 @@ def align(
         return _cut_both(teacher, student, [])
     if pairs is not None:
         return _align_by_name(teacher, student, pairs)
-    rows, columns = _candidates(teacher), _candidates(student)
+    pooled = _has_pooled_head(teacher) and _has_pooled_head(student)
+    rows, columns = (candidates(each, pooled=pooled) for each in (teacher, student))
     _check_kinds(teacher, student, rows, columns)
+    alike = similarity(rows, columns) if similarity else {}
     count = _number_of_blocks(rows, columns, blocks)
-    costs = _grid_of_costs(rows, columns, teacher, student, count)
-    path = _cheapest_chain(costs, len(rows), len(columns), count)
-    if path is None:
+    while True:
+        found = _search(rows, columns, count, alike)
+        if found is not None or blocks != "auto" or count == 1:
+            break
+        count -= 1
+    if found is None:
         raise AlignmentError(
             f"no {count} boundaries of {student.name} have a partner in {teacher.name}.",
             student=", ".join(map(str, columns)),
             teacher=", ".join(map(str, rows)),
-            fix="ask for fewer with --blocks, or name them with --pair TEACHER=STUDENT",
+            fix="ask for fewer with --blocks, name them with --pair TEACHER=STUDENT, or train with "
+            "plain distillation: --method kd",
         )
+    costs, path, octaves = found
     boundaries = [
-        Boundary(rows[i], columns[j], costs[i, j], _runner_up(costs, rows, columns, path, depth))
+        Boundary(
+            rows[i], columns[j], costs[depth, i, j], _runner_up(costs, rows, columns, path, depth)
+        )
         for depth, (i, j) in enumerate(path)
     ]
-    return _cut_both(teacher, student, boundaries)
+    relaxed = () if octaves == _OCTAVES[0] else (_relaxation(octaves),)
+    return _cut_both(teacher, student, boundaries, relaxed)
+
+
+def _check_logits(trace: Trace) -> None:
+    shape = trace.logits.meta["val"].shape[1:]
+    if len(shape) != 1:
+        raise AlignmentError(
+            f"{trace.name} does not return one tensor of logits (batch, classes).",
+            returned=f"{'×'.join(map(str, shape))} for each sample",
+            fix="wrap it in a module whose forward returns the logits alone",
+        )
+
+
+def _relaxation(octaves: float) -> str:
+    far = "any ratio" if octaves == inf else f"a ratio of {2**octaves:g}"
+    return f"too few pairs lie within a ratio of 2 in resolution; {far} was allowed"
 
 
 def _align_by_name(teacher: Trace, student: Trace, pairs: Sequence[tuple[str, str]]) -> Alignment:
     by_name = [{point.name: point for point in find_cut_points(t)} for t in (teacher, student)]
-    unknown = CutPoint("", (0,), "vector", 1.0, 0.0, False, False)
     boundaries = []
     for names in pairs:
         points = [
-            known.get(name, replace(unknown, name=name))
-            for known, name in zip(by_name, names, strict=True)
+            known.get(name) or _unknown(name) for known, name in zip(by_name, names, strict=True)
         ]
         boundaries.append(Boundary(points[0], points[1], {"by hand": 0.0}))
     return _cut_both(teacher, student, boundaries)
 
 
-def _cut_both(teacher: Trace, student: Trace, boundaries: Sequence[Boundary]) -> Alignment:
+def _unknown(name: str) -> CutPoint:
+    """A cut point that the partition will refuse by name."""
+    tensors = tuple(Activation(part, (1,), "BC") for part in name.split(" + "))
+    return CutPoint(tensors, 0.0, False)
+
+
+def _cut_both(
+    teacher: Trace,
+    student: Trace,
+    boundaries: Sequence[Boundary],
+    relaxed: tuple[str, ...] = (),
+) -> Alignment:
     return Alignment(
         cut(teacher, tuple(boundary.teacher for boundary in boundaries)),
         cut(student, tuple(boundary.student for boundary in boundaries)),
         tuple(boundaries),
+        relaxed,
     )
 
 
-def _candidates(trace: Trace) -> list[CutPoint]:
+def candidates(trace: Trace, *, pooled: bool = False) -> list[CutPoint]:
     """One cut point per residual junction (per layer where there are none), and the last one.
 
-    Cut points with the same compute behind them are one choice; it is taken after the
-    activation and before any pooling. A vector is a choice only where no map or token is left.
+    Cut points with the same compute behind them are one choice; it is taken after the activation
+    and before any pooling. What follows the last mixing of positions is the head: single positions
+    are a choice only if ``pooled`` maps are asked for, or where no map or tokens are left.
     """
-    points = [point for point in find_cut_points(trace) if point.kind != "vector"]
-    points = points or list(find_cut_points(trace))
-    classes = []
-    for _, members in groupby(points, key=lambda point: point.progress):
+    found = find_cut_points(trace)
+    least = 1 if pooled else 2
+    points = [p for p in found if p.kind != "vector" and p.main.positions >= least] or list(found)
+    classes: list[CutPoint] = []
+    for progress, members in groupby(points, key=lambda point: point.progress):
         first, *rest = members
-        classes.append(([first] + [point for point in rest if point.shape == first.shape])[-1])
-    classes = [point for point in classes if point.progress > 0]
-    junctions = [point for point in classes[:-1] if point.is_junction]
-    return (junctions or classes[:-1]) + classes[-1:]
+        alike = [point for point in rest if point.main.positions >= first.main.positions]
+        if progress > 0:
+            classes.append([first, *alike][-1])
+    classes = classes or points[-1:]
+    inner, last = classes[:-1], classes[-1:]
+    junctions = [point for point in inner if point.is_junction or point.width > 1]
+    return _thinned(_unit_ends(junctions) or inner, MAX_CANDIDATES - 1) + last
+
+
+def _has_pooled_head(trace: Trace) -> bool:
+    """Whether layers follow on a map of one position: pairable with another such head only."""
+    spatial = [point for point in find_cut_points(trace) if point.main.positions > 1]
+    end = spatial[-1].progress if spatial else 0.0
+    maps = [point for point in find_cut_points(trace) if point.kind == "map"]
+    return any(point.main.positions == 1 and point.progress > end for point in maps)
+
+
+def _unit_ends(points: list[CutPoint]) -> list[CutPoint]:
+    """Of the junctions in one module (attention, then MLP) the last."""
+    last = {_unit(point): point for point in points}
+    return [point for point in points if last[_unit(point)] is point]
+
+
+def _unit(point: CutPoint) -> tuple[str, tuple[int, ...]]:
+    scope = point.main.name.rpartition(".")[0]
+    return (scope or point.main.name, point.main.shape)
+
+
+def _thinned(points: list[CutPoint], most: int) -> list[CutPoint]:
+    """At most so many, evenly spread over the compute; the last of every resolution stays."""
+    if len(points) <= most:
+        return points
+    ends = _stage_ends(points)
+    kept = set(sorted(ends)[-most:])
+    for step in range(most):
+        if len(kept) == most:
+            break
+        wanted = (step + 1) / (most + 1)
+        free = [index for index in range(len(points)) if index not in kept]
+        kept.add(min(free, key=lambda index: abs(points[index].progress - wanted)))
+    return [point for index, point in enumerate(points) if index in kept]
 
 
 def _number_of_blocks(
@@ -154,78 +243,133 @@ def _number_of_blocks(
                 fix=f"--blocks {most} or fewer",
             )
         return asked
-    stages = min(len({point.shape[1:] for point in points}) for points in (rows, columns))
-    return min(stages if stages > 1 else MAX_BLOCKS_WITHOUT_STAGES, most)
+    stages = [len({_resolution(point) for point in points}) for points in (rows, columns)]
+    fewest = min(stages) if min(stages) > 1 else MAX_BLOCKS_WITHOUT_STAGES
+    return min(fewest, most)
 
 
 def _check_kinds(
     teacher: Trace, student: Trace, rows: list[CutPoint], columns: list[CutPoint]
 ) -> None:
-    kinds = [{point.kind for point in points} for points in (rows, columns)]
-    if not kinds[0] & kinds[1]:
-        offered = [" and ".join(sorted(kind)) or "nothing" for kind in kinds]
-        raise AlignmentError(
-            f"no cut point of {student.name} is of a kind that {teacher.name} offers.",
-            student=offered[1],
-            teacher=offered[0],
-            fix="train with plain distillation instead: --method kd",
-        )
+    if any(_can_pair(row, column) for row in rows for column in columns):
+        return
+    offered = [
+        " and ".join(sorted({point.main.kind for point in points})) or "nothing"
+        for points in (rows, columns)
+    ]
+    raise AlignmentError(
+        f"no cut point of {student.name} is of a kind that {teacher.name} offers.",
+        student=offered[1],
+        teacher=offered[0],
+        fix="train with plain distillation instead: --method kd",
+    )
 
 
-Costs = dict[tuple[int, int], dict[str, float]]
+def _can_pair(row: CutPoint, column: CutPoint) -> bool:
+    return all(_source_for(each, column) is not None for each in row.tensors)
+
+
+def _source_for(target: Activation, column: CutPoint) -> Activation | None:
+    """The student's tensor that an adapter would read for ``target``: of the nearest resolution."""
+    fitting = [source for source in column.tensors if _is_bridged(target, source)]
+    return min(fitting, key=lambda source: _octaves(target, source), default=None)
+
+
+def _is_bridged(target: Activation, source: Activation) -> bool:
+    """Whether an adapter exists: between maps and tokens it needs to know the grid."""
+    if target.kind == source.kind:
+        return True
+    kinds = {target.kind, source.kind}
+    return kinds == {"map", "tokens"} and target.grid is not None and source.grid is not None
+
+
+Costs = dict[tuple[int, int, int], dict[str, float]]
+Path = list[tuple[int, int]]
+
+
+def _search(
+    rows: list[CutPoint], columns: list[CutPoint], count: int, alike: Similarity
+) -> tuple[Costs, Path, float] | None:
+    """The cheapest chain; resolutions far apart only if nothing else fits."""
+    for octaves in _OCTAVES:
+        costs = _grid_of_costs(rows, columns, count, octaves, alike)
+        path = _cheapest_chain(costs, len(rows), len(columns), count)
+        if path is not None:
+            return costs, path, octaves
+    return None
 
 
 def _grid_of_costs(
-    rows: list[CutPoint], columns: list[CutPoint], teacher: Trace, student: Trace, count: int
+    rows: list[CutPoint], columns: list[CutPoint], count: int, max_octaves: float, alike: Similarity
 ) -> Costs:
-    """What every admissible pair costs, term by term; far resolutions only if nothing else fits."""
+    """What every admissible pair costs as boundary of each depth, term by term."""
     ends = [_stage_ends(points) for points in (rows, columns)]
-    for max_ratio in (1.0, 2.0, float("inf")):
-        costs: Costs = {}
-        for i, row in enumerate(rows):
-            for j, column in enumerate(columns):
-                if row.kind != column.kind or _octaves(row, column) > max_ratio:
-                    continue
-                costs[i, j] = {
-                    "resolution": 0.5 * _octaves(row, column),
-                    "progress": abs(row.progress - column.progress),
-                    "activation": 0.05 * (row.is_rectified != column.is_rectified),
-                    "adapter": 0.1 * _adapter_share(row, column, columns),
-                    "stage end": 0.25 * ((i not in ends[0]) + (j not in ends[1])),
-                }
-        if _cheapest_chain(costs, len(rows), len(columns), count):
-            return costs
+    have_stages = all(
+        len({_resolution(point) for point in points}) > 1 for points in (rows, columns)
+    )
+    costs: Costs = {}
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            if not _can_pair(row, column):
+                continue
+            far = _distance(row, column)
+            is_last = (i, j) == (len(rows) - 1, len(columns) - 1)
+            if far > max_octaves and not is_last:
+                continue
+            terms = {
+                "resolution": 0.5 * far,
+                "progress": abs(row.progress - column.progress),
+                "kind": 0.25 * (row.main.kind != column.main.kind),
+                "width": 0.1 * (row.width + column.width - 2),
+                "activation": 0.05 * (row.main.is_rectified != column.main.is_rectified),
+                "adapter": 0.1 * _adapter_share(row, column, columns),
+                "stage end": 0.25 * ((i not in ends[0]) + (j not in ends[1])) * have_stages,
+            }
+            if alike:
+                terms["dissimilarity"] = 0.5 * (1 - alike[row.name, column.name])
+            for depth in range(count):
+                balance = abs((row.progress + column.progress) / 2 - (depth + 1) / count)
+                costs[depth, i, j] = terms | {"balance": 0.0 if have_stages else 0.5 * balance}
     return costs
 
 
 def _stage_ends(points: list[CutPoint]) -> set[int]:
     """The last point at each resolution; every point where the resolution never changes."""
-    last = {point.shape[1:]: index for index, point in enumerate(points)}
+    last = {_resolution(point): index for index, point in enumerate(points)}
     return set(last.values()) if len(last) > 1 else set(range(len(points)))
 
 
-def _octaves(row: CutPoint, column: CutPoint) -> float:
-    """How many halvings lie between two resolutions (or token counts)."""
-    sizes = [max(1, point.shape[-1 if point.kind == "map" else 0]) for point in (row, column)]
-    return abs(log2(sizes[0] / sizes[1])) if row.kind != "vector" else 0.0
+def _resolution(point: CutPoint) -> tuple[int, ...]:
+    return point.main.grid or (point.main.positions,)
+
+
+def _distance(row: CutPoint, column: CutPoint) -> float:
+    """How many halvings of the resolution lie between the teacher's tensors and the student's."""
+    pairs = [(target, _source_for(target, column)) for target in row.tensors]
+    return sum(_octaves(target, source) for target, source in pairs if source) / len(pairs)
+
+
+def _octaves(target: Activation, source: Activation) -> float:
+    """Halvings of the side of a grid, or of the length of a sequence."""
+    if target.grid and source.grid:
+        areas = [each.grid[0] * each.grid[1] for each in (target, source) if each.grid]
+        return abs(log2(areas[0] / areas[1])) / 2
+    return abs(log2(target.positions / source.positions))
 
 
 def _adapter_share(row: CutPoint, column: CutPoint, columns: list[CutPoint]) -> float:
     """Width of a channel map relative to the widest pair, a stand-in for its multiply-adds."""
-    width = row.shape[0] * column.shape[0]
-    return width / max(row.shape[0] * other.shape[0] for other in columns)
+    return column.main.channels / max(other.main.channels for other in columns)
 
 
-def _cheapest_chain(
-    costs: Costs, num_rows: int, num_columns: int, count: int
-) -> list[tuple[int, int]] | None:
+def _cheapest_chain(costs: Costs, num_rows: int, num_columns: int, count: int) -> Path | None:
     """The ``count`` pairs of least total cost, rising in both models, ending at the last pair.
 
     A node (taken, row, column) of the grid has edges that skip a row, skip a column, or take the
     pair; only taking costs. Dijkstra over at most count × rows × columns nodes.
     """
     last = (num_rows - 1, num_columns - 1)
-    if last not in costs or count < 1:
+    if (count - 1, *last) not in costs:
         return None
     grid = nx.DiGraph()
     grid.add_node((0, 0, 0))
@@ -238,8 +382,8 @@ def _cheapest_chain(
                 if j < last[1]:
                     grid.add_edge(here, (taken, i, j + 1), cost=0.0)
                 may_take = (i, j) == last if taken == count - 1 else i < last[0] and j < last[1]
-                if may_take and (i, j) in costs:
-                    cost = sum(costs[i, j].values())
+                if may_take and here in costs:
+                    cost = sum(costs[here].values())
                     grid.add_edge(here, (taken + 1, i + 1, j + 1), cost=cost)
     goal = (count, num_rows, num_columns)
     try:
@@ -251,17 +395,17 @@ def _cheapest_chain(
 
 
 def _runner_up(
-    costs: Costs,
-    rows: list[CutPoint],
-    columns: list[CutPoint],
-    path: list[tuple[int, int]],
-    depth: int,
+    costs: Costs, rows: list[CutPoint], columns: list[CutPoint], path: Path, depth: int
 ) -> RunnerUp | None:
-    without = {pair: terms for pair, terms in costs.items() if pair != path[depth]}
+    """The best chain without the chosen pair, and its pair at this depth."""
+    without = {place: terms for place, terms in costs.items() if place[1:] != path[depth]}
     other = _cheapest_chain(without, len(rows), len(columns), len(path))
     if other is None:
         return None
-    extra = sum(sum(costs[pair].values()) for pair in other)
-    extra -= sum(sum(costs[pair].values()) for pair in path)
+    extra = _total(costs, other) - _total(costs, path)
     i, j = other[depth]
     return RunnerUp(rows[i], columns[j], extra)
+
+
+def _total(costs: Costs, path: Path) -> float:
+    return sum(sum(costs[depth, i, j].values()) for depth, (i, j) in enumerate(path))

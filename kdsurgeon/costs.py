@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdsurgeon.tracing import Trace, evaluate
+from kdsurgeon.layouts import Activation
+from kdsurgeon.tracing import BATCH, Trace, evaluate, memory_of
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,18 @@ def total(costs: Iterable[Cost]) -> Cost:
     return sum(costs, Cost())
 
 
-def module_cost(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Cost:
-    """The cost of running ``module`` on one input of this shape (without the batch axis)."""
+def module_cost(module: nn.Module, source: Activation, dtype: torch.dtype) -> Cost:
+    """The cost of running ``module`` on one sample of ``source``."""
+    shape = list(source.shape)
+    shape.insert(source.axes.index("B"), 1)
     bare = copy.deepcopy(module).to("meta").eval()
     with FlopCounterMode(display=False) as flops, torch.no_grad():
-        out = bare(torch.empty((1, *shape), dtype=dtype, device="meta"))
+        out = bare(torch.empty(shape, dtype=dtype, device="meta"))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     return Cost(flops.get_total_flops() // 2, parameters, out.numel() * out.element_size())
 
 
 def _count(trace: Trace) -> dict[str, Cost]:
-    batch = len(trace.example)
     model = trace.graph_module
     counted: set[int] = set()
     costs = {}
@@ -73,13 +75,21 @@ def _count(trace: Trace) -> dict[str, Cost]:
             before = flops.get_total_flops()
             computes = node.op not in ("placeholder", "output", "get_attr")
             value = evaluate(node, model) if computes else None
-            size = value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+            size = _bytes(node) if computes and isinstance(value, Tensor) else 0
             costs[node.meta["qualname"]] = Cost(
-                multiply_adds=(flops.get_total_flops() - before) // (2 * batch),
+                multiply_adds=(flops.get_total_flops() - before) // (2 * BATCH),
                 parameters=_new_parameters(node, model, counted),
-                activation_bytes=size // batch,
+                activation_bytes=size // BATCH,
             )
     return costs
+
+
+def _bytes(node: fx.Node) -> int:
+    """How much memory the node's tensor takes that none of its inputs' does."""
+    value = node.meta["val"]
+    if any(memory_of(other) == memory_of(node) for other in node.all_input_nodes):
+        return 0
+    return value.numel() * value.element_size()
 
 
 def _new_parameters(node: fx.Node, model: nn.Module, counted: set[int]) -> int:

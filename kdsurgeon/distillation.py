@@ -18,7 +18,7 @@ from kdsurgeon.losses import Losses, block_kd_loss, kl, task_loss
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Checkpoint, Run
 from kdsurgeon.stones import Plan, SteppingStones, partition, synthesize
-from kdsurgeon.tracing import in_mode
+from kdsurgeon.tracing import in_mode, logits_in, logits_of
 from kdsurgeon.training import Epoch, LossFunction, Step, TrainingState, start, train
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -172,8 +172,8 @@ def _alone(
     validation: Batches | None,
     teacher_accuracy: float | None,
 ) -> Distillation:
-    def loss(logits: Tensor, target: Tensor, _: float) -> Losses:
-        return task_loss(logits, target, label_smoothing=recipe.loss.label_smoothing)
+    def loss(logits: Any, target: Tensor, _: float) -> Losses:
+        return task_loss(logits_in(logits), target, label_smoothing=recipe.loss.label_smoothing)
 
     return Distillation(model, loss, None, batches, recipe, validation, teacher_accuracy)
 
@@ -187,7 +187,8 @@ def check_teacher(teacher: nn.Module, validation: Batches) -> float:
     measured = accuracy(teacher, validation)
     images, _ = next(iter(validation))
     with in_mode(teacher, training=False), torch.inference_mode():
-        classes = teacher(images[:2].to(next(teacher.parameters()).device)).shape[-1]
+        first = images[:2].to(next(teacher.parameters()).device)
+        classes = logits_of(teacher, first).shape[-1]
     if measured < 1.5 / classes:
         raise NumericsError(
             f"the teacher's accuracy is {measured:.1%}, near chance ({1 / classes:.1%}).",
@@ -201,6 +202,8 @@ def check_teacher(teacher: nn.Module, validation: Batches) -> float:
 def chosen_depths(plan: Plan, recipe: Recipe) -> tuple[int, ...]:
     """The stones that a recipe asks for: ``all``, ``last-K``, ``drop-first`` or a list of depths.
 
+    All are those to which the plan gives a weight.
+
     Raises:
         PlanError: a stone that the plan lacks.
     """
@@ -209,7 +212,7 @@ def chosen_depths(plan: Plan, recipe: Recipe) -> tuple[int, ...]:
     if recipe.method == "kd":
         return ()
     if wanted == "all":
-        return tuple(known)
+        return tuple(stone.depth for stone in plan.stones if stone.weight > 0)
     if wanted == "drop-first":
         return tuple(known[1:])
     if isinstance(wanted, str):

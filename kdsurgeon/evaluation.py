@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdsurgeon.errors import DataError
 from kdsurgeon.stones import SteppingStones
-from kdsurgeon.tracing import in_mode
+from kdsurgeon.tracing import in_mode, logits_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     with in_mode(model, training=False):
         for images, target in batches:
             images, target = _to(model, images), _to(model, target)
-            right += int((model(images).argmax(-1) == target).sum())
+            right += int((logits_of(model, images).argmax(-1) == target).sum())
             seen += len(target)
     if not seen:
         raise DataError("there is no sample to measure accuracy on.")

@@ -3,7 +3,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from kdsurgeon.alignment import _candidates, _grid_of_costs, align
+from kdsurgeon.alignment import _grid_of_costs, align, candidates
 from kdsurgeon.errors import AlignmentError, PlanError
 from kdsurgeon.tracing import trace
 from tests import models
@@ -42,7 +42,7 @@ def test_every_pair_is_aligned_with_rising_boundaries(teacher, student):
         progress = [point.progress for point in side.cuts]
         assert progress == sorted(set(progress))
     assert len(found.boundaries) >= 1
-    assert all(b.teacher.kind == b.student.kind for b in found.boundaries)
+    assert all(b.teacher.kind == b.student.kind == "map" for b in found.boundaries)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5])
@@ -57,12 +57,13 @@ def test_the_choice_is_the_best_of_all_chains():
         trace(models.make(name, depth=3), models.images(2), name=name)
         for name in ("residual", "residual")
     ]
-    rows, columns = (_candidates(each) for each in traces)
-    costs = _grid_of_costs(rows, columns, *traces, 3)
+    rows, columns = (candidates(each) for each in traces)
+    costs = _grid_of_costs(rows, columns, 3, 1.0, {})
     last = (len(rows) - 1, len(columns) - 1)
+    places = sorted({place[1:] for place in costs})
     chains = [
-        sum(sum(costs[pair].values()) for pair in (*chain, last))
-        for chain in combinations(sorted(costs), 2)
+        sum(sum(costs[depth, *pair].values()) for depth, pair in enumerate((*chain, last)))
+        for chain in combinations(places, 2)
         if chain[0][0] < chain[1][0] < last[0] and chain[0][1] < chain[1][1] < last[1]
     ]
     found = align(*traces, blocks=3)
@@ -73,7 +74,7 @@ def test_the_choice_is_the_best_of_all_chains():
 def test_evidence_says_what_a_boundary_costs_by_term():
     boundary = pair(("residual", {}), ("inverted", {})).boundaries[0]
     assert set(boundary.evidence) == {
-        "resolution", "progress", "activation", "adapter", "stage end",
+        "resolution", "progress", "kind", "width", "activation", "adapter", "stage end", "balance",
     }  # fmt: skip
     assert boundary.cost == pytest.approx(sum(boundary.evidence.values()))
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import warnings
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +241,7 @@ def test_the_hash_that_a_refusal_prints_is_the_one_that_opens_the_file(refused):
     shown = text.split("--trust-code ")[1].split()[0]
     assert hashlib.sha256(Path("given.pt").read_bytes()).hexdigest().startswith(shown[7:])
     opened = ["inspect", "given.pt", "--input-size", "1,2,2", "--trust-code", shown]
-    refused(opened, 2, "given does not return one tensor of logits")
+    assert main(opened) == 0
 
 
 def test_weights_without_an_architecture_name_the_flag_to_give(refused):
@@ -372,8 +373,14 @@ def test_control_characters_never_reach_the_terminal(refused):
 # ── models that do not fit ───────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("kind", ["dict", "tuple", "map", "vector"])
-@pytest.mark.parametrize("verb", ["teacher", "student", "export", "eval", "inspect"])
+@pytest.mark.parametrize(
+    ("kind", "verb"),
+    [
+        *product(["map", "vector"], ["teacher", "student", "export", "eval"]),
+        *product(["dict", "tuple"], ["export"]),
+        ("vector", "inspect"),
+    ],
+)
 def test_a_model_that_gives_anything_but_logits_is_refused(kind, verb, refused):
     net = f"py:nets.py:Net,kind={kind}"
     size = ("--input-size", "1,8,8")
@@ -459,8 +466,8 @@ def test_a_teacher_near_chance_stops_the_run(refused):
 @pytest.mark.parametrize(
     "old, new, what",
     [
-        ("plan: 1", "plan: 2", "is a plan of version 2"),
-        ("plan: 1", "paln: 1", "is not a plan"),
+        ("plan: 2", "plan: 1", "is a plan of version 1"),
+        ("plan: 2", "paln: 2", "is not a plan"),
         ("teacher: pool", "teacher: pol", 'did you mean "pool"?'),
         ("teacher: pool", "teacher: 3", "the teacher of boundary 4 is 3, not a name"),
         ("weight: 0.25", "weight: heavy", "the weight of boundary 2 is 'heavy'"),

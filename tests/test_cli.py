@@ -167,7 +167,7 @@ def test_the_whole_road_from_two_models_to_a_verified_onnx_file(tell):
     assert "stages.0.relu_1" in tell("inspect", "teacher.pt")
     pictures = ("--svg", "plan.svg", "--html", "plan.html")
     shown = tell("partition", *PAIR, "-o", "plan.yaml", *pictures, "--explain")
-    assert "recomposed from blocks: teacher gap 0, student gap 0" in " ".join(shown.split())
+    assert "largest gap: teacher 0, student 0" in " ".join(shown.split())
     assert Path("plan.svg").read_text().startswith("<svg")
     assert "<svg" in Path("plan.html").read_text()
 
@@ -223,7 +223,7 @@ def test_what_is_installed_is_listed_with_where_it_comes_from(tell):
 def test_the_doctor_finds_this_installation_sound(tell):
     shown = tell("doctor")
     assert "training two runs with one seed came to the same bits" in shown
-    assert "teacher gap 0, student gap 0" in shown
+    assert "largest gap 0" in shown
     assert shown.endswith("all is well\n")
 
 

@@ -1,11 +1,12 @@
 import copy
+import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdsurgeon.errors import TraceError
-from kdsurgeon.tracing import trace
+from kdsurgeon.tracing import BATCH, logits_of, trace
 from tests import models
 
 
@@ -53,7 +54,7 @@ def test_tracing_leaves_the_model_and_the_random_state_as_they_were():
 
 def test_every_node_knows_its_shape_and_carries_its_module_path():
     captured = trace(models.make("residual"), models.images(2))
-    assert captured.nodes["layers.1.relu_1"].meta["val"].shape == (2, 16, 8, 8)
+    assert captured.nodes["layers.1.relu_1"].meta["val"].shape == (BATCH, 16, 8, 8)
     assert captured.nodes["layers.1.add"].meta["val"].dtype == torch.float32
 
 
@@ -62,28 +63,179 @@ class Branches(nn.Module):
         return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
 
 
-class ReturnsDict(nn.Module):
+class TurnsIntoNumbers(nn.Module):
     def forward(self, x):
-        return {"logits": x.flatten(1), "aux": x}
+        return x.flatten(1) * x.max().item()
 
 
-class ReturnsMap(nn.Module):
+class LoopsOverSamples(nn.Module):
     def forward(self, x):
-        return x * 2
+        return torch.stack([sample.flatten() for sample in x])
+
+
+class ReturnsWords(nn.Module):
+    def forward(self, x):
+        return {"words": "none"}
+
+
+class ReturnsOneNumber(nn.Module):
+    def forward(self, x):
+        return x.mean()
 
 
 class WritesThroughAView(nn.Module):
+    """Nobody reads the writer's result; all read the memory, under other names."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.head = nn.Linear(8, 10)
+
     def forward(self, x):
-        x = x * 2
+        x = self.conv(x)
+        rows = x[:, :, :4]
         x.flatten(1).mul_(0.5)
-        return x.flatten(1)
+        mask = x.new_zeros(x.shape[2:])
+        mask[2:4, 1:] = 1
+        mask[:2].fill_(2)
+        return self.head((x * mask).mean((2, 3)) + rows.sum((2, 3)))
 
 
 class AssignsItems(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.head = nn.Linear(8, 10)
+
     def forward(self, x):
-        x = x * 2
+        x = self.conv(x)
         x[:, 0] = 1.0
-        return x.flatten(1)
+        x[:, :, 1:3] *= 2
+        return self.head(x.relu().mean((2, 3)))
+
+
+class SizesAsNumbers(nn.Module):
+    """The batch as a plain Python number, as a factor, and in a factory."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x):
+        batch, channels = int(x.shape[0]), len(x[0])
+        x = x.reshape(batch * 4, channels, -1) + torch.zeros(batch * 4, 1, 1)
+        ones = torch.ones(batch, channels * 16, dtype=x.dtype)
+        return self.head(x.reshape(batch, 4, channels, 64).mean(1)[..., :16].flatten(1) * ones)
+
+
+class KeepsACache(nn.Module):
+    """A table that is computed from a weight once, and kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(768))
+        self.cache = {}
+        self.head = nn.Linear(768, 10)
+
+    def forward(self, x):
+        if not self.training and "table" not in self.cache:
+            self.cache["table"] = self.table.tanh()
+        table = self.table.tanh() if self.training else self.cache["table"]
+        self.calls = x.shape
+        return self.head(x.flatten(1) * table)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, image, mask=None, scale=1.0):
+        x = self.conv(image)
+        if mask is not None:
+            x = x * mask[:, None, None, None]
+        return {"features": x, "logits": self.head(x.mean((2, 3)) * scale)}
+
+
+class StopsGradients(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(768, 10), nn.Linear(768, 10)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        with torch.no_grad():
+            gate = self.first(x).sigmoid()
+        return self.second(x) * gate
+
+
+class Double(torch.autograd.Function):
+    """Twice the value, and a gradient that is not its derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 5 * gradient
+
+
+class HandWrittenGradient(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(768, 10)
+
+    def forward(self, x):
+        return Double.apply(self.head(x.flatten(1)))
+
+
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+class CallsScript(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(768, 10)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.function = torch.jit.script(swish)
+
+    def forward(self, x):
+        return self.function(self.head(x.flatten(1)))
+
+
+class ReadsConstants(nn.Module):
+    """Decides by the values of a table that no input touches."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.tensor([2, 3]))
+        self.head = nn.Linear(768, 10)
+
+    def forward(self, x):
+        for value in self.table.tolist():
+            x = x * value
+        return self.head(x.flatten(1)) if self.table.sum() > 4 else x.flatten(1)
+
+
+class AsksForItsDevice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(768, 10)
+
+    def forward(self, x):
+        assert x.is_cpu and not x.is_meta and x.device.type == "cpu"
+        shift = torch.arange(768, device=x.device) / 768
+        return self.head(x.flatten(1) + shift.to("cpu"))
+
+
+STRANGE = [
+    WritesThroughAView, AssignsItems, SizesAsNumbers, KeepsACache, StopsGradients,
+    HandWrittenGradient, CallsScript, ReadsConstants, AsksForItsDevice,
+]  # fmt: skip
 
 
 class CallsForeignCode(nn.Module):
@@ -104,9 +256,9 @@ class WritesInPlace(nn.Module):
         x = self.conv(x)
         shortcut = x
         x = self.act(x)
-        x = nn.functional.relu(x, inplace=True)
         x.add_(0.5)
         x *= 2
+        x = nn.functional.relu(x, True)
         x = x + shortcut
         return self.head(x.relu_().mean((2, 3)))
 
@@ -117,14 +269,60 @@ def test_writes_in_place_are_kept_in_order():
     assert torch.equal(captured.graph_module(models.images(3)), model(models.images(3)))
 
 
+@pytest.mark.parametrize("net", STRANGE)
+@pytest.mark.parametrize("training", [False, True])
+def test_what_plain_tracing_gets_wrong_is_traced_right(net, training):
+    """The same step as the model: logits, gradients and buffers, at another batch size."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = net().train(training)
+    graph = trace(model, models.images(2), training=training).graph_module
+    results = []
+    for run in (model, graph):
+        logits = run(models.images(5))
+        gradients = torch.autograd.grad(
+            logits.square().sum(), list(model.parameters()), allow_unused=True
+        )
+        results.append([logits, *gradients])
+    for own, other in zip(*results, strict=True):
+        assert (own is None and other is None) or torch.equal(own, other)
+
+
+def test_a_cache_is_neither_baked_in_nor_filled_nor_lost():
+    model = KeepsACache().eval()
+    kept = model(models.images(2)).detach()
+    attributes = set(vars(model))
+    captured = trace(model, models.images(2))
+    assert "tanh" in captured.nodes
+    assert set(model.cache) == {"table"}
+    assert set(vars(model)) == attributes
+    assert torch.equal(model(models.images(2)), kept)
+
+
+def test_several_inputs_and_a_dict_of_outputs_are_captured():
+    model = TwoInputs().eval()
+    example = {"image": models.images(2), "mask": torch.ones(2)}
+    captured = trace(model, example)
+    assert captured.lost == ("outputs other than logits: features",)
+    inputs = {"image": models.images(5), "mask": torch.arange(5.0)}
+    assert torch.equal(captured.graph_module(*inputs.values()), logits_of(model, inputs))
+    assert captured.takes == "3×16×16 (image), one number (mask)"
+
+
+def test_what_forward_does_not_take_is_refused_by_name():
+    with pytest.raises(TraceError, match="takes no input called masks") as caught:
+        trace(TwoInputs(), {"image": models.images(2), "masks": torch.ones(2)}, name="net")
+    assert "image, mask, scale" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("model", "message", "note"),
     [
         (Branches(), "branches on the values of a tensor", "test_tracing.py"),
-        (ReturnsDict(), "does not return one tensor of logits", "keys logits, aux"),
-        (ReturnsMap(), "does not return one tensor of logits", "shape 2×3×16×16"),
-        (WritesThroughAView(), "overwrites a tensor through a view", "mul_1 writes what mul holds"),
-        (AssignsItems(), "does not support item assignment", "test_tracing.py"),
+        (TurnsIntoNumbers(), "turns into Python numbers the values", "test_tracing.py"),
+        (LoopsOverSamples(), "loops over the samples of a batch", "test_tracing.py"),
+        (ReturnsWords(), "does not return one tensor of logits", "a dict with the keys words"),
+        (ReturnsOneNumber(), "does not return one tensor of logits", "() (one number)"),
         (CallsForeignCode(), "cannot be captured as a graph", "test_tracing.py"),
         (nn.ModuleDict({'a"]; print(1) #': nn.ReLU()}), "quotes or control characters", "print"),
         (nn.Conv2d(1, 4, 3), "does not accept an input of shape 3×16×16", "1 channels"),

@@ -22,6 +22,7 @@ from kdsurgeon import demo
 from kdsurgeon.adapters import AdapterSpec
 from kdsurgeon.costs import Cost
 from kdsurgeon.evaluation import Report
+from kdsurgeon.layouts import Activation
 from kdsurgeon.partitioning import Partition, cut
 from kdsurgeon.stones import Certificate, Forecast, Plan, certify, forecast, partition
 from kdsurgeon.tracing import trace
@@ -42,10 +43,10 @@ from kdsurgeon.views.drawing import WIDTH
 from kdsurgeon.views.units import middle_cut
 
 GOLDEN = Path(__file__).parent / "golden"
-EXACT = Certificate(0.0, 0.0, 0.0)
+EXACT = Certificate(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 4)
 SVG = "{http://www.w3.org/2000/svg}"
 LONG_NAME = "feature_extraction_backbone_with_squeeze_and_excitation"
-SOME_COST = Forecast(distillation=100, with_stones=349, adapter_parameters=15_400)
+SOME_COST = Forecast(100, 349, 1_000, 1_790, 15_400, (1, 2, 3, 4))
 
 
 class Chain(nn.Module):
@@ -153,9 +154,9 @@ def test_the_list_of_cut_points_shows_every_one_and_how_the_model_was_traced():
     lost = replace(captured, lost=("the hook on stem.0",))
     text = printed(cut_points_table(lost), 80)
     assert "demo/teacher  887 k parameters, 3.61 M multiply-adds for one 1×8×8 input" in text
-    assert "traced by fx, 13 cut points" in text
+    assert "traced by fx, 18 cut points" in text
     assert "lost in the trace: the hook on stem.0" in text
-    assert re.search(r"stages\.0\.relu_1 +32×8×8 +map +1 +33\.\d % +●", text)
+    assert re.search(r"stages\.0\.relu_1 +32×8×8 +map +8×8 +33\.\d % +●", text)
     assert re.search(r"flatten +192 +vector +– +99\.9 % +●\n", text)
 
 
@@ -166,17 +167,15 @@ def test_names_that_look_like_markup_are_printed_as_they_are():
 
 def test_a_plan_that_was_not_checked_claims_no_check():
     assert "check" not in printed(plan_table(demo_plan(), SOME_COST), 100)
-    assert "merged tails gap 1.2e-07" in printed(
-        plan_table(demo_plan(), SOME_COST, Certificate(0.0, 0.0, 1.2e-7)), 100
+    assert "merged tails 1.2e-07" in printed(
+        plan_table(demo_plan(), SOME_COST, Certificate(0.0, 0.0, 0.0, 0.0, 0.0, 1.2e-7, 4)), 100
     )
 
 
 def test_the_check_of_the_demo_pair_finds_its_blocks_exact():
     checked = certify(demo_plan())
-    assert (checked.teacher_gap, checked.student_gap) == (0.0, 0.0)
-    assert "teacher gap 0, student gap 0" in printed(
-        plan_table(demo_plan(), SOME_COST, checked), 100
-    )
+    assert checked.teacher_training == checked.student_training == 0.0
+    assert "teacher 0, student 0" in printed(plan_table(demo_plan(), SOME_COST, checked), 100)
 
 
 def test_every_boundary_is_explained_by_term_and_by_its_runner_up():
@@ -332,17 +331,21 @@ def test_every_boundary_shows_its_adapter_its_stone_and_both_tensors():
     groups = svg.findall(f".//{SVG}g[@class='boundary']")
     for group, stone, pair in zip(groups, plan.stones, plan.alignment.boundaries, strict=True):
         words = [text.text for text in group.findall(f"{SVG}text")]
-        assert str(stone.adapter) in words
+        assert str(stone) in words
         assert f"stone {stone.depth} · weight {stone.weight:g}" in words
         for point in (pair.teacher, pair.student):
             assert {point.name, "×".join(map(str, point.shape))} <= set(words)
 
 
+def map_of(channels, size):
+    return Activation("x", (channels, size, size), "BCHW", (size, size), is_rectified=True)
+
+
 def test_the_longest_adapters_fit_their_label():
-    wide = AdapterSpec("resize", (2048, 112, 112), (2048, 224, 224), is_rectified=True)
-    deconv = AdapterSpec("upsample", (1024, 112, 112), (2048, 224, 224), is_rectified=True)
+    wide = AdapterSpec("resize", map_of(2048, 112), map_of(2048, 224))
+    deconv = AdapterSpec("upsample", map_of(1024, 112), map_of(2048, 224))
     plan = chain_plan(2)
-    stones = [replace(s, adapter=a) for s, a in zip(plan.stones, (wide, deconv), strict=True)]
+    stones = [replace(s, adapters=(a,)) for s, a in zip(plan.stones, (wide, deconv), strict=True)]
     svg = ET.fromstring(draw_plan(replace(plan, stones=tuple(stones)), SOME_COST))
     groups = svg.findall(f".//{SVG}g[@class='boundary']")
     for group, (left, top, right, bottom) in zip(groups, boxes(svg, "boundary"), strict=True):
@@ -474,7 +477,7 @@ def test_the_page_of_a_plan_holds_the_drawing_the_blocks_and_the_evidence():
     plan = demo_plan()
     page = plan_page(plan, forecast(plan), EXACT)
     assert draw_plan(plan, forecast(plan)) in page
-    assert "recomposed from blocks: teacher gap 0, student gap 0" in page
+    assert "largest gap: teacher 0, student 0" in page
     for boundary in plan.alignment.boundaries:
         assert f"<td>{boundary.teacher.name}</td>" in page
         assert f"{boundary.cost:.3f}</td>" in page

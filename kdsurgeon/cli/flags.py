@@ -48,8 +48,31 @@ Pairs = Annotated[
     list[str] | None,
     typer.Option("--pair", metavar="TEACHER=STUDENT", help="name a boundary instead of searching"),
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", metavar="1.5x", help="only the stones that a step of so much × plain KD allows"
+    ),
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads")]
 OutputFile = Annotated[Path | None, typer.Option("--output", "-o", help="where to write")]
+
+
+def parse_budget(text: str | None) -> float | None:
+    """``1.5x`` (or ``1.5``) as a number."""
+    if text is None:
+        return None
+    try:
+        ratio = float(text.removesuffix("x"))
+    except ValueError:
+        ratio = 0.0
+    if not 1 <= ratio < 1e6:
+        raise UsageError(
+            f"--budget {text} is not a cost.",
+            why="it is what a step may cost, compared with plain distillation",
+            fix="--budget 1.5x, for example",
+        )
+    return ratio
 
 
 def parse_size(text: str | None) -> tuple[int, int, int] | None:

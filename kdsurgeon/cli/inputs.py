@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from kdsurgeon.cli.console import say, warn
 from kdsurgeon.data import Batches, Split
 from kdsurgeon.errors import ResourceError, UsageError
 from kdsurgeon.recipe import DataRecipe, RunConfig
-from kdsurgeon.stones import Plan, partition, read_plan
-from kdsurgeon.tracing import trace
+from kdsurgeon.stones import Plan, partition, read_plan, within_budget
+from kdsurgeon.tracing import call_model, find_logits, trace
 
 Size = tuple[int, int, int]
 
@@ -76,12 +77,21 @@ def plan_for(
     plan: Path | None,
     blocks: Any = "auto",
     pairs: list[tuple[str, str]] | None = None,
+    max_adapter_parameters: int | None = None,
+    probe: Sequence[Tensor] | None = None,
 ) -> Plan:
     """The saved plan, checked against these models, or a new one."""
     if plan is None:
         names = (teacher.name, student.name)
         found = partition(
-            teacher.model, student.model, example, blocks=blocks, pairs=pairs, names=names
+            teacher.model,
+            student.model,
+            example,
+            blocks=blocks,
+            pairs=pairs,
+            max_adapter_parameters=max_adapter_parameters,
+            probe=probe,
+            names=names,
         )
     else:
         found = read_plan(
@@ -92,6 +102,33 @@ def plan_for(
     for loaded in (teacher, student):
         count_classes(loaded, example)
     return found
+
+
+def probe_images(count: int, source: str | None, teacher: Loaded) -> list[Tensor]:
+    """``count`` training images, normalised as the teacher wants them, in batches."""
+    if source is None:
+        raise UsageError("--probe needs images to show both models.", fix="--data-dir DIR")
+    split = load_data(data_settings(source, DataRecipe()), teacher.card)
+    if not 8 <= count <= len(split.train):
+        raise UsageError(
+            f"--probe {count} is not possible with {source}.",
+            fix=f"8 to {len(split.train)} images",
+        )
+    found: list[Tensor] = []
+    for images, _ in Batches(split.train, min(64, count), shuffle=True, seed=0):
+        found.append(images[: count - sum(map(len, found))])
+        if sum(map(len, found)) == count:
+            break
+    return found
+
+
+def within(plan: Plan, budget: float) -> Plan:
+    """The plan with a weight for those stones only that the budget allows."""
+    depths = within_budget(plan, budget)
+    stones = tuple(
+        stone if stone.depth in depths else replace(stone, weight=0.0) for stone in plan.stones
+    )
+    return replace(plan, stones=stones)
 
 
 def warn_if_larger(plan: Plan) -> None:
@@ -156,15 +193,16 @@ def count_classes(loaded: Loaded, example: Tensor) -> int:
     images = example[:1].expand(3, *example.shape[1:])
     try:
         with torch.inference_mode():
-            found = loaded.model(images)
+            found = call_model(loaded.model, images)
     except Exception as error:
         raise UsageError(
             f"{loaded.name} does not take {len(images)} images of {_times(example.shape[1:])}.",
             why=f"{type(error).__name__}: {error}".splitlines()[0],
             fix="--input-size C,H,W gives another size; the batch size must stay free",
         ) from error
-    if isinstance(found, Tensor) and found.ndim == 2 and len(found) == len(images):
-        return found.shape[1]
+    logits = found if isinstance(found, Tensor) else (find_logits(found) or ("", None))[1]
+    if logits is not None and logits.ndim == 2 and len(logits) == len(images):
+        return logits.shape[1]
     what = _times(found.shape) if isinstance(found, Tensor) else type(found).__name__
     raise UsageError(
         f"{loaded.name} does not return one tensor of logits (batch, classes).",

@@ -41,6 +41,15 @@ def partition(
     input_size: flags.InputSize = None,
     blocks: flags.Blocks = None,
     pair: flags.Pairs = None,
+    budget: flags.Budget = None,
+    adapter_parameters: Annotated[
+        int | None,
+        typer.Option("--adapter-parameters", min=1, help="at most so many in a stone's adapters"),
+    ] = None,
+    probe: Annotated[
+        int | None,
+        typer.Option("--probe", metavar="N", help="compare both models on N images of --data-dir"),
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="check and show this plan instead of searching")
     ] = None,
@@ -53,26 +62,44 @@ def partition(
 ) -> None:
     """Align a teacher and a student: blocks, adapters, a forecast of what training costs."""
     size, pairs = flags.parse_size(input_size), flags.parse_pairs(pair)
-    count = flags.parse_blocks(blocks)
+    count, ratio = flags.parse_blocks(blocks), flags.parse_budget(budget)
     if sum(given is not None for given in (plan, pairs, blocks)) > 1:
         raise UsageError(
             "--plan, --pair and --blocks exclude each other.",
             fix="leave out --blocks: a plan and pairs already say how many there are",
         )
-    from kdsurgeon.cli.inputs import example_for, load_pair, plan_for, warn_if_larger, write_text
+    from kdsurgeon.cli.inputs import (
+        example_for,
+        load_pair,
+        plan_for,
+        probe_images,
+        warn_if_larger,
+        within,
+        write_text,
+    )
     from kdsurgeon.stones import certify, forecast
     from kdsurgeon.views import draw_plan, explain_table, plan_page, plan_table
 
     pair_of_models = load_pair(teacher, student, teacher_arch, student_arch, trust_code or ())
     example = example_for(pair_of_models, size, data_dir)
-    found = plan_for(*pair_of_models, example, plan=plan, blocks=count, pairs=pairs)
+    found = plan_for(
+        *pair_of_models,
+        example,
+        plan=plan,
+        blocks=count,
+        pairs=pairs,
+        max_adapter_parameters=adapter_parameters,
+        probe=probe_images(probe, data_dir, pair_of_models[0]) if probe is not None else None,
+    )
+    if ratio is not None:
+        found = within(found, ratio)
     warn_if_larger(found)
     cost, proof = forecast(found), certify(found)
     out.print(plan_table(found, cost, proof))
     if explain:
         out.print(explain_table(found))
     if output:
-        write_text(output, found.to_yaml())
+        write_text(output, found.to_yaml(proof.as_dict()))
         say(f"plan     {output}")
     if svg:
         write_text(svg, draw_plan(found, cost))

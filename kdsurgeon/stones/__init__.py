@@ -1,6 +1,7 @@
 """Stepping stones: student blocks up to a depth, an adapter, the rest of the frozen teacher."""
 
-from kdsurgeon.stones.forecast import Certificate, Forecast, certify, forecast
+from kdsurgeon.stones.certificate import Certificate, certify
+from kdsurgeon.stones.forecast import Forecast, forecast, within_budget
 from kdsurgeon.stones.plan import Plan, Stone, partition, plan_stones, read_plan
 from kdsurgeon.stones.surgery import compose, graft
 from kdsurgeon.stones.training_graph import SteppingStones, synthesize
@@ -19,4 +20,5 @@ __all__ = [
     "plan_stones",
     "read_plan",
     "synthesize",
+    "within_budget",
 ]

@@ -20,22 +20,26 @@ from torch import Tensor, fx, nn
 from kdsurgeon import adapters
 from kdsurgeon.errors import PlanError
 from kdsurgeon.losses import Logits
-from kdsurgeon.partitioning import Partition, cut
-from kdsurgeon.stones.plan import Plan
+from kdsurgeon.partitioning import Partition, activations, cut
+from kdsurgeon.stones.plan import Plan, Stone
 from kdsurgeon.stones.surgery import (
+    Values,
+    Walk,
     block_sources,
+    context_inputs,
     frozen_twins,
     graft,
-    module_nodes,
-    student_modules,
+    root_of,
+    state_of,
 )
-from kdsurgeon.tracing import Trace, trace
+from kdsurgeon.tracing import BATCH, Inputs, Trace, trace
 
 
 class SteppingStones(nn.Module):
-    """Images (batch, channels, height, width) in, :class:`Logits` of student, stones, teacher out.
+    """A batch in, :class:`Logits` of student, stones and teacher out.
 
-    Its parameters are those of the student and the adapters: hand them to an optimiser. The
+    The batch is a tensor, or tensors by the name of their parameter where the models were captured
+    so. The parameters are those of the student and the adapters: hand them to an optimiser. The
     teacher is a frozen twin that shares the teacher's storage, stays in evaluation mode whatever
     the caller does, and receives no gradient. In evaluation mode the evaluation graph runs.
     """
@@ -45,7 +49,10 @@ class SteppingStones(nn.Module):
         self.student = plan.student.trace.model
         self.adapters = nn.ModuleDict(
             {
-                str(stone.depth): adapters.build(stone.adapter, seed=seed * 1000 + stone.depth)
+                str(stone.depth): nn.ModuleList(
+                    adapters.build(spec, seed=seed * 1000 + stone.depth * 10 + index)
+                    for index, spec in enumerate(stone.adapters)
+                )
                 for stone in plan.stones
                 if stone.depth in depths
             }
@@ -59,15 +66,16 @@ class SteppingStones(nn.Module):
         }
         self.train()
 
-    def forward(self, images: Tensor) -> Logits:
+    def forward(self, inputs: Inputs) -> Logits:
+        graph = self._graphs[self.training]
+        names = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
+        values = [inputs] if isinstance(inputs, Tensor) else [inputs[name] for name in names]
         # not by calling it: torch.fx prints to standard error when a graph module raises
-        student, stones, teacher = self._graphs[self.training].forward(images)
+        student, stones, teacher = graph.forward(*values)
         return Logits(student, stones, teacher, self.depths)
 
     def train(self, mode: bool = True) -> SteppingStones:
         super().train(mode)
-        for graph in self._graphs.values():
-            graph.train(mode)  # the out-of-place twins of student modules live only there
         for module in self.teacher.modules:
             module.eval()
         return self
@@ -97,9 +105,9 @@ class _CleanPass(nn.Module):
         super().__init__()
         self.graph_module = graph_module
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.graph_module.forward(images)
+            return self.graph_module.forward(*inputs)
 
 
 def synthesize(
@@ -139,7 +147,7 @@ def synthesize(
                 fix="change loss.stones, or plan more blocks with --blocks",
             )
     _check_are_two(plan)
-    mixing = _mixes_samples(plan.teacher.trace)
+    mixing = _mixes_samples(plan.teacher)
     if merge and mixing:
         raise PlanError(
             f"the tails of {plan.teacher.trace.name} cannot be merged.",
@@ -168,38 +176,79 @@ def _training_graph(
 ) -> fx.GraphModule:
     student, teacher = _in_mode(plan.student, training=training), plan.teacher
     graph = fx.Graph()
-    value = images = graph.placeholder("images")
-    clean = graph.call_module("teacher", (images,))
-    tails: list[tuple[fx.Node, int]] = []  # tensors on their way to the logits, stones in each
-    sources = zip(block_sources(student), block_sources(teacher), strict=True)
-    for depth, (student_source, teacher_source) in enumerate(sources):
+    inputs = _placeholders(graph, (student.trace, teacher.trace))
+    clean = graph.call_module("teacher", tuple(inputs[name] for name in teacher.trace.inputs))
+    walk = Walk(student, _given(student.trace, inputs))
+    context = context_inputs(teacher.trace, _given(teacher.trace, inputs))
+    ends = [*block_sources(teacher)[1:], [teacher.trace.logits]]
+    tails: list[_Tail] = []
+    for depth, sources in enumerate(block_sources(teacher)):
         if depth in stones.depths:
-            tails.append((graph.call_module(f"adapters.{depth}", (value,)), 1))
+            tails.append(_Tail(_adapted(graph, plan.stones[depth - 1], walk.at(depth)), 1))
         if merge and len(tails) > 1:
-            whole = graph.call_function(torch.cat, ([tensor for tensor, _ in tails],))
-            tails = [(whole, sum(count for _, count in tails))]
-        nodes = teacher.blocks[depth].nodes
-        tails = [
-            (graft(graph, nodes, teacher_source, tensor, "tail."), count) for tensor, count in tails
-        ]
-        nodes = student.blocks[depth].nodes
-        value = graft(graph, nodes, student_source, value, "student.")
-    graph.output((value, _stack(graph, tails, clean), clean))
+            tails = [_merged(graph, tails)]
+        for index, tail in enumerate(tails):
+            boundary = dict(zip(sources, tail.tensors, strict=True)) | context
+            values = graft(graph, teacher.blocks[depth].nodes, boundary, {}, "tail.") | boundary
+            tails[index] = _Tail([values[node] for node in ends[depth]], tail.count)
+        walk.step(graph, depth, "student.")
+    graph.output((walk.values[student.trace.logits], _stack(graph, tails, clean), clean))
     graph.lint()
     modules: dict[str, Any] = {"teacher": _CleanPass(_twin_graph(plan, stones))}
-    modules |= {f"adapters.{depth}": adapter for depth, adapter in stones.adapters.items()}
+    modules |= {
+        f"adapters.{depth}.{index}": adapter
+        for depth, group in stones.adapters.items()
+        for index, adapter in enumerate(group)  # pyright: ignore[reportArgumentType]
+    }
     modules |= {f"tail.{target}": twin for target, twin in stones.teacher.by_target.items()}
-    modules |= {f"student.{target}": own for target, own in student_modules(student).items()}
-    return fx.GraphModule(modules, graph)
+    modules |= {f"student.{target}": own for target, own in state_of(student.trace).items()}
+    return fx.GraphModule(root_of(modules), graph)
 
 
-def _stack(graph: fx.Graph, tails: list[tuple[fx.Node, int]], clean: fx.Node) -> fx.Node:
+@dataclass(frozen=True)
+class _Tail:
+    """Tensors on their way to the logits, and how many stones stand in their batch."""
+
+    tensors: list[fx.Node]
+    count: int
+
+
+def _placeholders(graph: fx.Graph, traces: Sequence[Trace]) -> dict[str, fx.Node]:
+    """One for every input that any of the models takes."""
+    names = dict.fromkeys(name for captured in traces for name in captured.inputs)
+    return {name: graph.placeholder(name) for name in names}
+
+
+def _given(captured: Trace, inputs: dict[str, fx.Node]) -> Values:
+    return {node: inputs[str(node.target)] for node in captured.placeholders}
+
+
+def _adapted(graph: fx.Graph, stone: Stone, read: dict[str, fx.Node]) -> list[fx.Node]:
+    """What the stone's adapters make of the student's boundary: all that the teacher's needs."""
+    return [
+        graph.call_module(f"adapters.{stone.depth}.{index}", (read[spec.source.name],))
+        for index, spec in enumerate(stone.adapters)
+    ]
+
+
+def _merged(graph: fx.Graph, tails: list[_Tail]) -> _Tail:
+    """All tails as one, their samples behind each other."""
+    tensors = [
+        graph.call_function(torch.cat, (list(each),))
+        for each in zip(*(tail.tensors for tail in tails), strict=True)
+    ]
+    return _Tail(tensors, sum(tail.count for tail in tails))
+
+
+def _stack(graph: fx.Graph, tails: list[_Tail], clean: fx.Node) -> fx.Node:
     """(stones, batch, classes) from the tensors that arrived at the logits."""
     if not tails:
         return graph.call_function(
             operator.getitem, (graph.call_method("unsqueeze", (clean, 0)), slice(0))
         )
-    stacked = [graph.call_method("unflatten", (tensor, 0, (count, -1))) for tensor, count in tails]
+    stacked = [
+        graph.call_method("unflatten", (tail.tensors[0], 0, (tail.count, -1))) for tail in tails
+    ]
     return stacked[0] if len(stacked) == 1 else graph.call_function(torch.cat, (stacked,))
 
 
@@ -213,17 +262,38 @@ def _in_mode(whole: Partition, *, training: bool) -> Partition:
 
 def _twin_graph(plan: Plan, stones: SteppingStones) -> fx.GraphModule:
     return fx.GraphModule(
-        stones.teacher.by_target, copy.deepcopy(plan.teacher.trace.graph_module.graph)
+        root_of(stones.teacher.by_target), copy.deepcopy(plan.teacher.trace.graph_module.graph)
     )
 
 
-def _mixes_samples(teacher: Trace) -> str | None:
-    """The first place in the teacher where one sample's value depends on its batch."""
-    for node in module_nodes(teacher):
-        own = operator.attrgetter(str(node.target))(teacher.model)
-        if isinstance(own, nn.modules.batchnorm._BatchNorm) and own.running_mean is None:
-            return str(node.target)
+def _mixes_samples(teacher: Partition) -> str | None:
+    """The first place in the teacher's tails where one sample's value depends on its batch.
+
+    Context made from an input belongs to one batch, so it counts, too.
+    """
+    whole = teacher.trace
+    context = context_inputs(whole, {node: node for node in whole.placeholders})
+    tails = {node for block in teacher.blocks[1:] for node in block.nodes}
+    for node in whole.graph_module.graph.nodes:
+        if node.op == "call_module" and node in tails:
+            own = whole.graph_module.get_submodule(str(node.target))
+            if isinstance(own, nn.modules.batchnorm._BatchNorm) and own.running_mean is None:
+                return node.meta["qualname"]
+        if node.op != "placeholder" and any(other in context for other in node.all_input_nodes):
+            if "batch" in node.meta:
+                continue
+            context[node] = node
+    data = set(activations(whole))
+    for node in tails & data:
+        for other in node.all_input_nodes:
+            if other in context and other not in data and _has_batch(other):
+                return node.meta["qualname"]
     return None
+
+
+def _has_batch(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and any(size % BATCH == 0 for size in value.shape if size)
 
 
 def _device(model: nn.Module) -> torch.device:

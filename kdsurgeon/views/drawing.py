@@ -150,8 +150,7 @@ def _headings(svg: ET.Element, plan: Plan, forecast: Forecast) -> None:
 
 def _draw_column(svg: ET.Element, partition: Partition, column: Sequence[_Box]) -> None:
     rail = column[0].x + RAIL
-    example = partition.trace.example
-    _terminal(svg, f"input {units.shape(example.shape[1:])}", column[0].x, TOP)
+    _terminal(svg, f"input {partition.trace.takes}", column[0].x, TOP)
     _flow(svg, rail, TOP + INPUT_HEIGHT, column[0].y)
     for box in column:
         _draw_block(svg, box)
@@ -235,7 +234,7 @@ def _draw_cut(group: ET.Element, box: _Box, outline: str) -> None:
 
 
 def _draw_label(group: ET.Element, stone: Stone, middle: int, outline: str) -> None:
-    lines = _wrapped(str(stone.adapter), LABEL - 24)
+    lines = _wrapped(str(stone), LABEL - 24)
     height = (len(lines) + 1) * LINE + 12
     top = middle - height // 2
     _rectangle(group, LABEL_X, top, LABEL, height, ("#ffffff", outline), radius=18)

@@ -173,7 +173,7 @@ def _blocks(plan: Plan) -> str:
                 left.end,
                 units.shape(left.shape),
                 units.compute(left.share),
-                str(stone.adapter) if stone else "",
+                str(stone) if stone else "",
                 right.end,
                 units.shape(right.shape),
                 units.compute(right.share),

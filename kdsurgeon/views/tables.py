@@ -67,10 +67,9 @@ def cut_points_table(trace: Trace) -> RenderableType:
     """Every cut point of a model, from input to logits, under a line on the model itself."""
     points = find_cut_points(trace)
     cost = cut(trace, ()).cost
-    input_shape = units.shape(trace.example.shape[1:])
     title = (
         f"{units.printable(trace.name)}  {units.count(cost.parameters)} parameters, "
-        f"{units.count(cost.multiply_adds)} multiply-adds for one {input_shape} input"
+        f"{units.count(cost.multiply_adds)} multiply-adds for one {trace.takes} input"
     )
     lines = [
         Text(title, "bold"),
@@ -79,19 +78,26 @@ def cut_points_table(trace: Trace) -> RenderableType:
     ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("cut point")
-    for header in ("shape", "kind", "stride", "compute before it"):
+    for header in ("shape", "kind", "grid", "compute before it"):
         table.add_column(header, justify="left" if header == "kind" else "right", no_wrap=True)
     table.add_column("●", justify="center", no_wrap=True)
     for point in points:
         table.add_row(
             _Name(point.name),
-            units.shape(point.shape),
+            " + ".join(units.shape(tensor.shape) for tensor in point.tensors),
             point.kind,
-            f"{point.stride:g}" if point.kind == "map" else units.UNKNOWN,
+            _grid(point),
             units.percent(point.progress),
             "●" if point.is_junction else "",
         )
     return Group(*lines, table)
+
+
+def _grid(point: CutPoint) -> str:
+    """Height and width of what the positions stand for, and how many tokens stand before them."""
+    if point.main.grid is None:
+        return units.UNKNOWN
+    return units.shape(point.main.grid) + (f" + {point.main.prefix}" if point.main.prefix else "")
 
 
 def plan_table(
@@ -113,7 +119,7 @@ def plan_table(
         table.add_row(
             left.label,
             _block_cell(left),
-            Text(f"← {stone.adapter}") if stone else "",
+            Text(f"← {stone}") if stone else "",
             _block_cell(right),
             units.weight(stone.weight) if stone else "",
         )
@@ -167,14 +173,21 @@ def closing_lines(forecast: Forecast, certificate: Certificate | None) -> dict[s
     """What a training step costs with the stones, and what the check of the surgery found."""
     added = units.count(forecast.adapter_parameters)
     lines = {
-        "forecast": f"one step costs {forecast.ratio:.2f} × plain distillation; "
+        "forecast": f"one step costs {forecast.ratio:.2f} × plain distillation and keeps "
+        f"{forecast.memory_ratio:.2f} × its activations "
+        f"({units.size(forecast.with_stones_bytes)} a sample); "
         f"{added} adapter parameters while training"
     }
     if certificate is not None:
+        proof = certificate
         lines["check"] = (
-            f"recomposed from blocks: teacher gap {units.gap(certificate.teacher_gap)}, "
-            f"student gap {units.gap(certificate.student_gap)}; "
-            f"merged tails gap {units.gap(certificate.merged_gap)}"
+            "rebuilt from blocks, largest gap: "
+            f"teacher {units.gap(max(proof.teacher_evaluation, proof.teacher_training))}, "
+            f"student {units.gap(max(proof.student_evaluation, proof.student_training))} "
+            "(evaluation; a training step with its gradients); "
+            f"tails on the teacher's own tensors {units.gap(proof.splice)}; "
+            f"merged tails {units.gap(proof.merged)}; "
+            f"gradients of {proof.stones} stones right"
         )
     return lines
 

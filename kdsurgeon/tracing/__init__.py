@@ -1,0 +1,25 @@
+"""Capture a model as a graph whose values know their shapes.
+
+A graph freezes ``if self.training`` at capture. Capture a model once in each mode you need.
+"""
+
+from kdsurgeon.tracing.capture import Trace, trace
+from kdsurgeon.tracing.outputs import Inputs, call_model, find_logits, in_mode, logits_in, logits_of
+from kdsurgeon.tracing.values import BATCH, batch_axis, evaluate
+from kdsurgeon.tracing.writes import after, memory_of
+
+__all__ = [
+    "BATCH",
+    "Inputs",
+    "Trace",
+    "after",
+    "batch_axis",
+    "call_model",
+    "evaluate",
+    "find_logits",
+    "in_mode",
+    "logits_in",
+    "logits_of",
+    "memory_of",
+    "trace",
+]

@@ -1,0 +1,125 @@
+"""Find the logits in whatever a model takes and returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+_LOGITS = ("logits", "out", "prediction_logits", "logits_per_image", "last_hidden_state")
+
+
+def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The logits that ``model`` gives for ``inputs``, alone, in its present mode.
+
+    Args:
+        inputs: a tensor for the first parameter of ``forward``, or tensors by parameter name.
+
+    Raises:
+        ValueError: nothing in what it returns can be logits.
+
+    >>> import torch
+    >>> class Net(nn.Module):
+    ...     def forward(self, x, mask=None):
+    ...         return {"features": x, "logits": x.flatten(1)}
+    >>> logits_of(Net(), torch.zeros(2, 3, 4)).shape
+    torch.Size([2, 12])
+    """
+    return logits_in(call_model(model, inputs))
+
+
+def logits_in(result: Any) -> Tensor:
+    """The logits in what a model returned; ValueError where there are none."""
+    if isinstance(result, Tensor):
+        return result
+    found = find_logits(result)
+    if found is None:
+        raise ValueError(f"the model returns {describe(result)}, and no logits in it")
+    return found[1]
+
+
+def call_model(model: nn.Module, inputs: Inputs) -> Any:
+    """``model`` of ``inputs``; a language model is told to keep no cache."""
+    if isinstance(inputs, Tensor):
+        return model(inputs, **_quiet(model))
+    return model(**inputs, **_quiet(model))
+
+
+def _quiet(model: nn.Module) -> dict[str, Any]:
+    """Arguments that switch off what has nothing to do with the logits."""
+    try:
+        known = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: False for name in ("use_cache",) if name in known}
+
+
+def find_logits(result: Any) -> tuple[str, Tensor] | None:
+    """The logits in a tuple, dict or dataclass, and where they stand there.
+
+    What is called logits; else the first floating-point tensor of two axes or more.
+    """
+    items = dict(_items(result))
+    for name in _LOGITS:
+        if isinstance(items.get(name), Tensor):
+            return name, items[name]
+    for name, value in items.items():
+        if isinstance(value, Tensor) and value.ndim > 1 and value.is_floating_point():
+            return name, value
+    nested = [(name, find_logits(value)) for name, value in items.items()]
+    return next(((f"{name}.{inner[0]}", inner[1]) for name, inner in nested if inner), None)
+
+
+def others_in(result: Any, chosen: str) -> tuple[str, ...]:
+    """The names of the tensors that stand beside the chosen one."""
+    head = chosen.partition(".")[0]
+    return tuple(name for name, value in _items(result) if name != head and value is not None)
+
+
+def _items(result: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(result, Tensor) or result is None:
+        return
+    if isinstance(result, Mapping):
+        yield from ((str(name), value) for name, value in result.items())
+    elif isinstance(result, tuple) and hasattr(result, "_fields"):
+        yield from zip(result._fields, result, strict=True)  # pyright: ignore[reportAttributeAccessIssue]
+    elif isinstance(result, (tuple, list)):
+        yield from ((str(index), value) for index, value in enumerate(result))
+    elif is_dataclass(result):
+        yield from ((each.name, getattr(result, each.name)) for each in fields(result))
+
+
+def describe(value: Any) -> str:
+    """What a model returned, for people.
+
+    >>> import torch
+    >>> describe(torch.zeros(2, 3))
+    'a tensor of shape 2×3'
+    """
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {'×'.join(map(str, value.shape)) or '() (one number)'}"
+    if isinstance(value, Mapping):
+        return f"a dict with the keys {', '.join(map(str, value))}"
+    if isinstance(value, (tuple, list)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return f"a {kind} of {len(value)} values"
+    return f"a {type(value).__name__}"
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Every module of ``model`` in one mode, and afterwards in its own again."""
+    before = {module: module.training for module in model.modules()}
+    for module in before:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
