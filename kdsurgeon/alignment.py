@@ -183,9 +183,11 @@ def candidates(trace: Trace, *, pooled: bool = False) -> list[CutPoint]:
     and before any pooling. What follows the last mixing of positions is the head: single positions
     are a choice only if ``pooled`` maps are asked for, or where no map or tokens are left.
     """
-    found = find_cut_points(trace)
+    found = [point for point in find_cut_points(trace) if not _is_classified(point, trace)]
     least = 1 if pooled else 2
-    points = [p for p in found if p.kind != "vector" and p.main.positions >= least] or list(found)
+    points = [point for point in found if _has_positions(point, least)] or found
+    upright = [point for point in points if not _is_stretched(point)]
+    points = upright if len(upright) > MAX_BLOCKS_WITHOUT_STAGES else points
     classes: list[CutPoint] = []
     for progress, members in groupby(points, key=lambda point: point.progress):
         first, *rest = members
@@ -193,9 +195,32 @@ def candidates(trace: Trace, *, pooled: bool = False) -> list[CutPoint]:
         if progress > 0:
             classes.append([first, *alike][-1])
     classes = classes or points[-1:]
-    inner, last = classes[:-1], classes[-1:]
-    junctions = [point for point in inner if point.is_junction or point.width > 1]
+    last = [_end_of_trunk(classes)] if classes else []
+    inner = [point for point in classes if last and point.progress < last[0].progress]
+    junctions = [point for point in inner if point.is_junction]
     return _thinned(_unit_ends(junctions) or inner, MAX_CANDIDATES - 1) + last
+
+
+def _is_classified(point: CutPoint, trace: Trace) -> bool:
+    """Whether nothing is left to compute and these are logits already, of several heads perhaps."""
+    return point.progress >= 1 and point.main.shape[-1] == trace.num_classes
+
+
+def _has_positions(point: CutPoint, least: int) -> bool:
+    return all(each.kind != "vector" and each.positions >= least for each in point.tensors)
+
+
+def _is_stretched(point: CutPoint) -> bool:
+    """Whether rows and columns of a map are rather windows and what is in them."""
+    height, width = point.main.grid or (1, 1)
+    return point.kind == "map" and max(height, width) > 4 * min(height, width)
+
+
+def _end_of_trunk(points: list[CutPoint]) -> CutPoint:
+    """The last point; where that has several tensors, the last one nearby that has fewest."""
+    near = [point for point in points if point.progress >= 0.9 * points[-1].progress]
+    fewest = min(point.width for point in near)
+    return [point for point in near if point.width == fewest][-1]
 
 
 def _has_pooled_head(trace: Trace) -> bool:
@@ -212,9 +237,9 @@ def _unit_ends(points: list[CutPoint]) -> list[CutPoint]:
     return [point for point in points if last[_unit(point)] is point]
 
 
-def _unit(point: CutPoint) -> tuple[str, tuple[int, ...]]:
+def _unit(point: CutPoint) -> tuple[str, int, int]:
     scope = point.main.name.rpartition(".")[0]
-    return (scope or point.main.name, point.main.shape)
+    return (scope or point.main.name, point.main.channels, point.main.positions)
 
 
 def _thinned(points: list[CutPoint], most: int) -> list[CutPoint]:
@@ -254,13 +279,17 @@ def _check_kinds(
     if any(_can_pair(row, column) for row in rows for column in columns):
         return
     offered = [
-        " and ".join(sorted({point.main.kind for point in points})) or "nothing"
-        for points in (rows, columns)
+        "can be cut between " + " and ".join(sorted(kinds)) if kinds else "cannot be cut anywhere"
+        for kinds in (
+            {f"{point.main.kind.removesuffix('s')}s" for point in points}
+            for points in (rows, columns)
+        )
     ]
     raise AlignmentError(
-        f"no cut point of {student.name} is of a kind that {teacher.name} offers.",
-        student=offered[1],
+        f"{teacher.name} and {student.name} have no boundary in common.",
         teacher=offered[0],
+        student=offered[1],
+        why="an adapter leads from maps or tokens to maps or tokens, and from vectors to vectors",
         fix="train with plain distillation instead: --method kd",
     )
 
@@ -276,11 +305,8 @@ def _source_for(target: Activation, column: CutPoint) -> Activation | None:
 
 
 def _is_bridged(target: Activation, source: Activation) -> bool:
-    """Whether an adapter exists: between maps and tokens it needs to know the grid."""
-    if target.kind == source.kind:
-        return True
-    kinds = {target.kind, source.kind}
-    return kinds == {"map", "tokens"} and target.grid is not None and source.grid is not None
+    """Whether an adapter exists: one vector cannot stand for many positions."""
+    return (target.kind == "vector") == (source.kind == "vector")
 
 
 Costs = dict[tuple[int, int, int], dict[str, float]]
@@ -319,7 +345,7 @@ def _grid_of_costs(
             terms = {
                 "resolution": 0.5 * far,
                 "progress": abs(row.progress - column.progress),
-                "kind": 0.25 * (row.main.kind != column.main.kind),
+                "kind": _kind_cost(row.main, column.main),
                 "width": 0.1 * (row.width + column.width - 2),
                 "activation": 0.05 * (row.main.is_rectified != column.main.is_rectified),
                 "adapter": 0.1 * _adapter_share(row, column, columns),
@@ -331,6 +357,13 @@ def _grid_of_costs(
                 balance = abs((row.progress + column.progress) / 2 - (depth + 1) / count)
                 costs[depth, i, j] = terms | {"balance": 0.0 if have_stages else 0.5 * balance}
     return costs
+
+
+def _kind_cost(target: Activation, source: Activation) -> float:
+    """Dear where tokens of unknown order stand for a map."""
+    if target.kind == source.kind:
+        return 0.0
+    return 0.25 if target.grid and source.grid else 0.75
 
 
 def _stage_ends(points: list[CutPoint]) -> set[int]:

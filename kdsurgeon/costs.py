@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdsurgeon.layouts import Activation
-from kdsurgeon.tracing import BATCH, Trace, evaluate, memory_of
+from kdsurgeon.tracing import BATCH, Trace, evaluate, memory_of, operation_name
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,51 @@ def _count(trace: Trace) -> dict[str, Cost]:
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         for node in model.graph.nodes:
             before = flops.get_total_flops()
+            if _may_multiply(node, model):
+                evaluate(node, model)
+            own = flops.get_total_flops() - before + 2 * _recurrent_multiply_adds(node, model)
             computes = node.op not in ("placeholder", "output", "get_attr")
-            value = evaluate(node, model) if computes else None
-            size = _bytes(node) if computes and isinstance(value, Tensor) else 0
+            size = _bytes(node) if computes and isinstance(node.meta["val"], Tensor) else 0
             costs[node.meta["qualname"]] = Cost(
-                multiply_adds=(flops.get_total_flops() - before) // (2 * BATCH),
+                multiply_adds=own // (2 * BATCH),
                 parameters=_new_parameters(node, model, counted),
                 activation_bytes=size // BATCH,
             )
     return costs
+
+
+_ELEMENT_WISE = frozenset(
+    {
+        "abs", "add", "after", "arange", "adaptive_avg_pool2d", "avg_pool2d", "batch_norm", "cat",
+        "chunk", "clamp", "clone", "contiguous", "detach", "div", "dropout", "exp", "expand",
+        "flatten", "gelu", "getitem", "group_norm", "hardsigmoid", "hardswish", "layer_norm",
+        "max_pool2d", "mean", "mul", "neg", "ones", "pad", "permute", "pow", "relu", "relu6",
+        "repeat", "reshape", "rms_norm", "roll", "sigmoid", "silu", "size", "softmax", "split",
+        "sqrt", "square", "squeeze", "stack", "sub", "sum", "to", "transpose", "truediv", "unbind",
+        "unflatten", "unsqueeze", "var", "view", "zeros",
+    }
+)  # fmt: skip
+
+
+def _may_multiply(node: fx.Node, model: fx.GraphModule) -> bool:
+    """Whether there may be a convolution or matrix product in it, which is slower to find out."""
+    if node.op in ("placeholder", "output", "get_attr"):
+        return False
+    if node.op == "call_module":
+        layer = model.get_submodule(str(node.target))
+        is_known = type(layer).__module__.startswith("torch.nn.modules")
+        return not is_known or any(weight.ndim > 1 for weight in layer.parameters())
+    return operation_name(node) not in _ELEMENT_WISE
+
+
+def _recurrent_multiply_adds(node: fx.Node, model: fx.GraphModule) -> int:
+    """Of a recurrent layer, which multiplies each of its matrices once for every token."""
+    layer = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if not isinstance(layer, nn.RNNBase) or not isinstance(node.args[0], fx.Node):
+        return 0
+    sequence = node.args[0].meta["val"]
+    tokens = sequence.numel() // sequence.shape[-1]
+    return tokens * sum(weight.numel() for weight in layer.parameters() if weight.ndim > 1)
 
 
 def _bytes(node: fx.Node) -> int:

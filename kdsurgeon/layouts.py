@@ -7,16 +7,17 @@ channels from axis 1, a linear layer from the last; tokens were once flattened f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
 from torch import Tensor, fx, nn
 
-from kdsurgeon.tracing import Trace, batch_axis
+from kdsurgeon.tracing import Trace, batch_axis, operation_name
 
 Kind = Literal["map", "tokens", "vector"]
+Grid = tuple[tuple[int, int], int]  # (height, width), and how many tokens stand before
 MAX_PREFIX = 16  # class and register tokens that may stand before those of the grid
 _STEPS = 24  # how far around a tensor the layers are asked
 
@@ -74,19 +75,20 @@ def describe_activations(trace: Trace, nodes: Collection[fx.Node]) -> dict[fx.No
     found = {}
     for node in nodes:
         value = node.meta["val"]
-        grid, prefix = grids.get(node, (None, 0))
-        count = grid[0] * grid[1] + prefix if grid else None
-        axes = _axes(node, trace, count)
+        known = grids.get(node, {})
+        axes = _axes(node, trace, known)
         if axes is None or not value.is_floating_point():
             continue
         shape = tuple(size for axis, size in enumerate(value.shape) if axes[axis] != "B")
+        count = value.shape[axes.index("T")] if "T" in axes else 0
+        grid, prefix = known.get(count, (None, 0))
         if "H" in axes:
             grid, prefix = (value.shape[axes.index("H")], value.shape[axes.index("W")]), 0
         found[node] = Activation(
             name=node.meta["qualname"],
             shape=shape,
             axes=axes,
-            grid=grid if "C" in axes and len(axes) > 2 else None,
+            grid=grid,
             prefix=prefix,
             is_rectified=_is_rectified(node, trace),
             is_normalized=_is_normalized(node, trace),
@@ -97,8 +99,8 @@ def describe_activations(trace: Trace, nodes: Collection[fx.Node]) -> dict[fx.No
 # channels ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _axes(node: fx.Node, trace: Trace, tokens: int | None) -> str | None:
-    """The axes by their letters; ``tokens`` is how many there are, where a grid tells it."""
+def _axes(node: fx.Node, trace: Trace, grids: Mapping[int, Grid]) -> str | None:
+    """The axes by their letters, told by the layers around; else by a grid of so many tokens."""
     value = node.meta["val"]
     batch = batch_axis(value)
     if batch is None:
@@ -110,15 +112,17 @@ def _axes(node: fx.Node, trace: Trace, tokens: int | None) -> str | None:
             return "TBC"
         if batch != 0:
             return None
-        if tokens in value.shape[1:] and value.shape[1] != value.shape[2]:
-            return "BTC" if value.shape[1] == tokens else "BCT"
-        return {1: "BCT", 2: "BTC"}[_channel_axis(node, trace)]
+        told = _channel_axis(node, trace)
+        if told is None:
+            told = 1 if value.shape[2] in grids and value.shape[1] not in grids else 2
+        return {1: "BCT", 2: "BTC"}[told]
     if value.ndim == 4 and batch == 0:
-        return {1: "BCHW", 3: "BHWC"}.get(_channel_axis(node, trace))
+        told = _channel_axis(node, trace)
+        return {None: "BCHW", 1: "BCHW", 3: "BHWC"}.get(told)
     return None
 
 
-def _channel_axis(start: fx.Node, trace: Trace) -> int:
+def _channel_axis(start: fx.Node, trace: Trace) -> int | None:
     """Which axis the nearest layers take for the channels: their readers first, then the makers."""
     ndim = start.meta["val"].ndim
     queue: list[tuple[fx.Node, tuple[int, ...]]] = [(start, tuple(range(ndim)))]
@@ -128,21 +132,21 @@ def _channel_axis(start: fx.Node, trace: Trace) -> int:
             break
         for user in node.users:
             told = _told_by_reader(user, node, trace)
-            if told is not None:
+            if told is not None and axes[told]:
                 return axes[told]
             step = _same_axes_after(user, node, axes)
             if step is not None and user not in seen:
                 seen.add(user)
                 queue.append((user, step))
         told = _told_by_maker(node, trace)
-        if told is not None:
+        if told is not None and axes[told]:
             return axes[told]
         for other in node.all_input_nodes:
             step = _same_axes_before(node, other, axes)
             if step is not None and other not in seen:
                 seen.add(other)
                 queue.append((other, step))
-    return 1 if ndim == 4 else ndim - 1
+    return None
 
 
 _FIRST = (
@@ -169,7 +173,7 @@ def _told_by_reader(user: fx.Node, node: fx.Node, trace: Trace) -> int | None:
         return None
     ndim = node.meta["val"].ndim
     layer = _layer(user, trace)
-    name = _name(user)
+    name = operation_name(user)
     if isinstance(layer, _FIRST) or (layer is None and name in _FIRST_FUNCTIONS):
         return 1
     if isinstance(layer, _LAST) or (layer is None and name in _LAST_FUNCTIONS):
@@ -184,7 +188,7 @@ def _told_by_reader(user: fx.Node, node: fx.Node, trace: Trace) -> int | None:
 
 
 def _told_by_maker(node: fx.Node, trace: Trace) -> int | None:
-    layer, name = _layer(node, trace), _name(node)
+    layer, name = _layer(node, trace), operation_name(node)
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         return None
@@ -211,8 +215,10 @@ def _kept_axis(user: fx.Node, ndim: int) -> int | None:
 def _same_axes_after(user: fx.Node, node: fx.Node, axes: tuple[int, ...]) -> tuple[int, ...] | None:
     """``axes`` as they stand in the reader's result, where it only computes or moves axes."""
     value, result = node.meta["val"], user.meta.get("val")
-    if not isinstance(result, Tensor) or result.ndim != value.ndim:
+    if not isinstance(result, Tensor):
         return None
+    if result.ndim != value.ndim:
+        return _folded(value, result, axes)
     order = _permutation(user, value.ndim)
     if order is not None:
         return tuple(axes[axis] for axis in order) if user.args[0] is node else None
@@ -224,16 +230,34 @@ def _same_axes_before(
 ) -> tuple[int, ...] | None:
     """``axes`` as they stand in what ``node`` read."""
     value, source = node.meta["val"], other.meta.get("val")
-    if not isinstance(source, Tensor) or source.ndim != value.ndim or other.op == "get_attr":
+    if not isinstance(source, Tensor) or other.op == "get_attr":
         return None
+    if source.ndim != value.ndim:
+        return _folded(value, source, axes)
     order = _permutation(node, value.ndim)
     if order is not None:
         return tuple(axes[order.index(axis)] for axis in range(value.ndim))
     return axes if _keeps_axes(node, value, source) else None
 
 
+def _folded(value: Tensor, other: Tensor, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """``axes`` where a map's rows and columns become tokens, or tokens rows and columns.
+
+    An axis that has no counterpart stands as the batch, which nobody takes for the channels.
+    """
+    flat, grid = (value, other) if value.ndim == 3 else (other, value)
+    if (flat.ndim, grid.ndim) != (3, 4) or batch_axis(flat) != 0 or batch_axis(grid) != 0:
+        return None
+    rows, columns, last = grid.shape[1:]
+    if flat.shape[1:] == (rows * columns, last):  # channels last
+        return (0, 0, 0, axes[2]) if value is flat else (0, 0, axes[3])
+    if flat.shape[1:] == (rows, columns * last):  # channels first
+        return (0, axes[1], 0, 0) if value is flat else (0, axes[1], 0)
+    return None
+
+
 def _keeps_axes(node: fx.Node, result: Tensor, source: Tensor) -> bool:
-    name = _name(node)
+    name = operation_name(node)
     if name in ("cat", "concat"):
         return True
     mixes = name in ("view", "reshape", "matmul", "flatten", "unflatten", "getitem")
@@ -241,7 +265,7 @@ def _keeps_axes(node: fx.Node, result: Tensor, source: Tensor) -> bool:
 
 
 def _permutation(node: fx.Node, ndim: int) -> tuple[int, ...] | None:
-    name, args = _name(node), node.args[1:]
+    name, args = operation_name(node), node.args[1:]
     if name == "permute":
         dims = args[0] if args and isinstance(args[0], (tuple, list)) else args
         dims = dims or node.kwargs.get("dims") or ()
@@ -263,45 +287,35 @@ def _layer(node: fx.Node, trace: Trace) -> nn.Module | None:
     return trace.graph_module.get_submodule(str(node.target))
 
 
-def _name(node: fx.Node) -> str:
-    if node.op == "call_module":
-        return ""
-    return str(getattr(node.target, "__name__", node.target)).strip("_")
-
-
 # grids ───────────────────────────────────────────────────────────────────────────────────────────
 
-Grid = tuple[tuple[int, int], int]
 
+def _grids(trace: Trace) -> dict[fx.Node, dict[int, Grid]]:
+    """For tokens the map that they were flattened from, and how many others stand before them.
 
-def _grids(trace: Trace) -> dict[fx.Node, Grid]:
-    """For tokens the map that they were flattened from, and how many others stand before them."""
-    grids: dict[fx.Node, Grid] = {}
+    By the size of the axis that may count the tokens, as either axis of three may.
+    """
+    grids: dict[fx.Node, dict[int, Grid]] = {}
     latest: dict[int, Grid] = {}
     for node in trace.graph_module.graph.nodes:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.ndim != 3 or batch_axis(value) is None:
             continue
-        for count in _token_counts(value):
+        for axis, count in enumerate(value.shape):
             grid = _inherited(node, count, grids) or latest.get(count)
-            if grid is not None:
-                grids[node] = latest[count] = grid
-                break
+            if axis != batch_axis(value) and grid is not None:
+                grids.setdefault(node, {})[count] = latest[count] = grid
     return grids
 
 
-def _token_counts(value: Tensor) -> Iterator[int]:
-    batch = batch_axis(value)
-    return (value.shape[axis] for axis in (1, 2, 0) if axis != batch)
-
-
-def _inherited(node: fx.Node, count: int, grids: dict[fx.Node, Grid]) -> Grid | None:
+def _inherited(
+    node: fx.Node, count: int, grids: Mapping[fx.Node, Mapping[int, Grid]]
+) -> Grid | None:
     for other in node.all_input_nodes:
         value = other.meta.get("val")
         if not isinstance(value, Tensor):
             continue
-        if other in grids:
-            (height, width), prefix = grids[other]
+        for (height, width), prefix in grids.get(other, {}).values():
             now = count - height * width
             if now == prefix or (0 <= now <= MAX_PREFIX and _moves_prefix(node, other)):
                 return (height, width), now
@@ -314,7 +328,7 @@ def _inherited(node: fx.Node, count: int, grids: dict[fx.Node, Grid]) -> Grid | 
 
 def _moves_prefix(node: fx.Node, other: fx.Node) -> bool:
     """Whether tokens were put before or taken from before ``other``'s."""
-    name = _name(node)
+    name = operation_name(node)
     if name in ("cat", "concat"):
         parts = node.args[0]
         return isinstance(parts, (tuple, list)) and bool(parts) and parts[-1] is other
@@ -344,7 +358,7 @@ def _is_rectified(node: fx.Node, trace: Trace) -> bool:
         if current in seen:
             continue
         seen.add(current)
-        layer, name = _layer(current, trace), _name(current)
+        layer, name = _layer(current, trace), operation_name(current)
         if isinstance(layer, _RECTIFIERS) or (layer is None and name in _RECTIFYING):
             continue
         if not isinstance(layer, _POOLS + _SHAPING) and (layer or name not in _KEEPING_SIGN):
@@ -359,5 +373,5 @@ def _is_rectified(node: fx.Node, trace: Trace) -> bool:
 def _is_normalized(node: fx.Node, trace: Trace) -> bool:
     layer = _layer(node, trace)
     if layer is None:
-        return _name(node) in ("layer_norm", "rms_norm")
+        return operation_name(node) in ("layer_norm", "rms_norm")
     return type(layer).__name__.endswith(("LayerNorm", "RMSNorm"))

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from kdsurgeon.costs import Cost, node_costs, total
 from kdsurgeon.errors import PlanError, nearest
 from kdsurgeon.layouts import Activation, Kind, describe_activations
-from kdsurgeon.tracing import Trace, memory_of
+from kdsurgeon.tracing import Trace, memory_of, operation_name
 
 MAX_WIDTH = 4  # tensors of one cut
 MAX_PIECE = 0.25  # of the compute between two cuts of one tensor; beyond, wider ones are searched
@@ -313,7 +313,7 @@ def _junctions(nodes: list[fx.Node], trace: Trace) -> set[fx.Node]:
     known = set(nodes)
     found = set()
     for node in nodes:
-        name = str(getattr(node.target, "__name__", node.target)).strip("_")
+        name = operation_name(node)
         branches = [other for other in node.all_input_nodes if other in known]
         follows = any(other in found for other in branches) and not _has_matrix(node, trace)
         if (len(branches) > 1 and name in _JOINING) or (len(branches) == 1 and follows):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kdsurgeon.errors import TraceError
 from kdsurgeon.tracing import BATCH, logits_of, trace
+from kdsurgeon.tracing.values import call_leaf, tensors_in
 from tests import models
 
 
@@ -286,6 +287,63 @@ def test_what_plain_tracing_gets_wrong_is_traced_right(net, training):
         results.append([logits, *gradients])
     for own, other in zip(*results, strict=True):
         assert (own is None and other is None) or torch.equal(own, other)
+
+
+class VectorizesItself(nn.Module):
+    """Below torch functions: what only the program of torch.export shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(768)
+        self.head = nn.Linear(768, 10)
+
+    def forward(self, x):
+        x = self.norm(x.flatten(1))
+        scale = torch.vmap(lambda row: (row * 2).mean().exp())(x)
+        return self.head(x * scale.unsqueeze(1))
+
+
+class PicksExperts(nn.Module):
+    """Reads a value inside of one small module only."""
+
+    class Router(nn.Module):
+        def forward(self, x):
+            return x * int(x.detach().abs().sum() > 0)
+
+    def __init__(self):
+        super().__init__()
+        self.router = self.Router()
+        self.head = nn.Linear(768, 10)
+
+    def forward(self, x):
+        return self.head(self.router(x.flatten(1)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_torch_functions_do_not_show_is_traced_by_torch_export(training):
+    model = VectorizesItself().train(training)
+    twin = copy.deepcopy(model)
+    captured = trace(model, models.images(2), training=training)
+    assert captured.rung == "torch.export"
+    assert "modules" in captured.lost[0]
+    logits, wanted = captured.graph_module(models.images(5)), twin(models.images(5))
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-6)
+    for (name, own), other in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(own, other, msg=name)
+    logits.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+def test_recurrent_layers_have_the_shapes_that_running_them_gives(layer, first, both):
+    model = layer(6, 5, num_layers=2, batch_first=first, bidirectional=both)
+    sequence = torch.randn(3, 7, 6)
+    real = model(sequence)
+    made = call_leaf(model, (sequence,), {})[0]
+    for wanted, got in zip(tensors_in(real), tensors_in(made), strict=True):
+        assert wanted.shape == got.shape
 
 
 def test_a_cache_is_neither_baked_in_nor_filled_nor_lost():

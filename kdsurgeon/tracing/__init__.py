@@ -5,7 +5,7 @@ A graph freezes ``if self.training`` at capture. Capture a model once in each mo
 
 from kdsurgeon.tracing.capture import Trace, trace
 from kdsurgeon.tracing.outputs import Inputs, call_model, find_logits, in_mode, logits_in, logits_of
-from kdsurgeon.tracing.values import BATCH, batch_axis, evaluate
+from kdsurgeon.tracing.values import BATCH, batch_axis, evaluate, operation_name
 from kdsurgeon.tracing.writes import after, memory_of
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "logits_in",
     "logits_of",
     "memory_of",
+    "operation_name",
     "trace",
 ]

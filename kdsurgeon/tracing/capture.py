@@ -6,6 +6,7 @@ import copy
 import inspect
 import operator
 import traceback
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedParameter
 
 from kdsurgeon.errors import TraceError, nearest
 from kdsurgeon.tracing.outputs import (
@@ -126,6 +128,10 @@ def trace(
             break
         leaves.add(culprit)
     assert first is not None
+    if not isinstance(first.error, _NoLogits) and _refusal(model, example) is None:
+        exported = _record_exported(model, example, training=training)
+        if isinstance(exported, _Recorded):
+            return _finish(exported, model, example, name, training=training, leaves=set())
     raise _explain(first, model, example, name) from first.error
 
 
@@ -135,6 +141,7 @@ class _Recorded:
     constants: dict[str, Tensor]
     layers: set[nn.Module]
     lost: tuple[str, ...]
+    rung: str = "fx"
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,68 @@ def _record(
     except Exception as error:
         return _Failure(error, recorder.last, recorder.failed_in)
     return _Recorded(graph, recorder.constants, recorder.seen_leaves, tuple(lost))
+
+
+def _record_exported(model: nn.Module, example: Inputs, *, training: bool) -> _Recorded | _Failure:
+    """The same of the program that ``torch.export`` makes, which sees below functions of functions.
+
+    Its operations are the smallest that there are: modules are gone, and with them their names.
+    """
+    inputs = _by_name(example)
+    batch = _batch_of(inputs)
+    stand_ins = {key: example_without_data(value, batch) for key, value in inputs.items()}
+    device = next(iter(inputs.values())).device
+    lost: list[str] = ["modules: the graph calls functions of their weights"]
+    free = {
+        key: {0: torch.export.Dim.AUTO} if value.ndim and len(value) == batch else None
+        for key, value in inputs.items()
+    }
+    try:
+        with in_mode(model, training=training), unchanged(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped = _LogitsAlone(model, list(inputs), lost, alone=isinstance(example, Tensor))
+            program = torch.export.export(
+                wrapped,
+                tuple(inputs.values()),
+                dynamic_shapes=(tuple(free.values()),),
+                strict=False,
+            )
+            plain = program.run_decompositions({})  # no functions of functions are left in it
+            program_module = plain.module(check_guards=False)
+            recorder = Recorder(program_module, stand_ins, device, owner=model)
+            graph = recorder.record(partial(program_module, *stand_ins.values()))
+            _read_copies_of_state(graph)
+    except Exception as error:
+        return _Failure(error, "", None)
+    return _Recorded(graph, recorder.constants, set(), tuple(lost), "torch.export")
+
+
+def _read_copies_of_state(graph: fx.Graph) -> None:
+    """Such a program writes new statistics at its end over those that its backward pass reads."""
+    for node in list(graph.nodes):
+        for state in node.meta.get("writes", ()):
+            readers = [user for user in state.users if user is not node]
+            if state.op == "get_attr" and readers:
+                with graph.inserting_after(state):
+                    kept = graph.call_method("clone", (state,))
+                kept.meta = {
+                    "val": state.meta["val"].clone(),
+                    "qualname": f"{state.meta['qualname']}.clone",
+                }
+                for reader in readers:
+                    reader.replace_input_with(state, kept)
+
+
+class _LogitsAlone(nn.Module):
+    """A model that takes its inputs by position and returns the logits alone."""
+
+    def __init__(self, model: nn.Module, names: list[str], lost: list[str], *, alone: bool) -> None:
+        super().__init__()
+        self.model, self.names, self.lost, self.alone = model, names, lost, alone
+
+    def forward(self, *values: Tensor) -> Tensor:
+        inputs = values[0] if self.alone else dict(zip(self.names, values, strict=True))
+        return _logits(self.model, inputs, self.lost)
 
 
 def _logits(model: nn.Module, inputs: Inputs, lost: list[str]) -> Tensor:
@@ -203,7 +272,7 @@ def _finish(
         if module not in recorded.layers:
             module.training = training
     paths = sorted(path for path, module in model.named_modules() if module in leaves)
-    rung = f"fx, whole: {', '.join(paths)}" if paths else "fx"
+    rung = f"{recorded.rung}, whole: {', '.join(paths)}" if paths else recorded.rung
     return Trace(name, model, graph_module, example, training, rung, recorded.lost)
 
 
@@ -316,7 +385,7 @@ def _explain(failure: _Failure, model: nn.Module, example: Inputs, name: str) ->
     refusal = _refusal(model, example)
     if refusal is not None:
         return TraceError(
-            f"{name} does not accept an input of shape {_shapes(example)}.",
+            f"{name} does not accept {_inputs_in_words(example)}.",
             where=f"{failure.last}, {_source_line(refusal)}",
             why=_first_line(refusal),
             fix=_input_fix(model, example),
@@ -325,7 +394,7 @@ def _explain(failure: _Failure, model: nn.Module, example: Inputs, name: str) ->
     if refusal is not None:
         count = _batch_of(_by_name(example)) + 1
         return TraceError(
-            f"{name} does not take {count} images of {_shapes(example)}.",
+            f"{name} does not take {count} samples of {_shapes(example)}.",
             where=f"{failure.last}, {_source_line(refusal)}",
             why=_first_line(refusal),
             fix="the batch size must stay free: read it from the input",
@@ -333,7 +402,7 @@ def _explain(failure: _Failure, model: nn.Module, example: Inputs, name: str) ->
     return TraceError(
         f"{name} cannot be captured as a graph: {reason}",
         where=place,
-        fix="rewrite that line with torch operations, or register the module as a leaf",
+        fix="rewrite that line with torch operations",
     )
 
 
@@ -346,7 +415,7 @@ def _is_data_dependent(error: Exception) -> bool:
         "Meta tensors",
         "_local_scalar_dense",
         "data-dependent",
-        "aten::nonzero",
+        "nonzero",
     )
     return isinstance(error, DataDependent) or any(word in str(error) for word in words)
 
@@ -361,11 +430,40 @@ def _shapes(example: Inputs) -> str:
     return ", ".join(f"{shape} ({key})" for key, shape in shapes.items())
 
 
+def _inputs_in_words(example: Inputs) -> str:
+    """``an input of shape 3×32×32 (float32)``, or all of several."""
+    dtypes = sorted(
+        {str(value.dtype).removeprefix("torch.") for value in _by_name(example).values()}
+    )
+    noun = "inputs of shapes" if isinstance(example, Mapping) else "an input of shape"
+    return f"{noun} {_shapes(example)} in {' and '.join(dtypes)}"
+
+
 def _input_fix(model: nn.Module, example: Inputs) -> str:
-    if not isinstance(example, Mapping):
-        return "give the size the model was made for: --input-size C,H,W"
-    known = ", ".join(inspect.signature(model.forward).parameters)
-    return f"give tensors for what its forward takes: {known}"
+    """What to give instead: another dtype, other inputs, or another size."""
+    state = list(model.parameters())
+    if any(isinstance(weight, UninitializedParameter) for weight in state):
+        return "run the model once on real inputs first: its lazy layers have no shape yet"
+    wanted = {weight.dtype for weight in state if weight.is_floating_point()}
+    given = {value.dtype for value in _by_name(example).values() if value.is_floating_point()}
+    if given and len(wanted) == 1 and not given & wanted:
+        dtype = str(wanted.pop()).removeprefix("torch.")
+        return f"the model's weights are {dtype}: give inputs of {dtype}, or use model.float()"
+    known = list(inspect.signature(model.forward).parameters)
+    if isinstance(example, Mapping):
+        return f"give tensors for what its forward takes: {', '.join(known)}"
+    if len(_required(model)) > 1:
+        names = ", ".join(f'"{name}": …' for name in _required(model))
+        return f"its forward takes several inputs; in Python, give them by name: {{{names}}}"
+    return "give the size the model was made for: --input-size C,H,W"
+
+
+def _required(model: nn.Module) -> list[str]:
+    """The parameters of ``forward`` that have no default."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    empty = inspect.Parameter.empty
+    return [each.name for each in parameters if each.default is empty and each.kind not in several]
 
 
 def _with_one_more(example: Inputs) -> Inputs:
@@ -391,6 +489,7 @@ def _refusal(model: nn.Module, example: Inputs) -> Exception | None:
 
 def _first_line(error: Exception) -> str:
     message = next(iter(str(error).strip().splitlines()), "")
+    message = message if len(message) <= 200 else f"{message[:199]}…"
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kdsurgeon.tracing.values import BATCH
+
 Inputs = Tensor | Mapping[str, Tensor]
 
-_LOGITS = ("logits", "out", "prediction_logits", "logits_per_image", "last_hidden_state")
+_LOGITS = ("logits", "out", "prediction_logits", "logits_per_image")
 
 
 def logits_of(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -102,8 +104,12 @@ def describe(value: Any) -> str:
     >>> describe(torch.zeros(2, 3))
     'a tensor of shape 2×3'
     """
+    if value is None:
+        return "nothing"
     if isinstance(value, Tensor):
-        return f"a tensor of shape {'×'.join(map(str, value.shape)) or '() (one number)'}"
+        sizes = ["batch" if size == BATCH else str(size) for size in value.shape]
+        kind = "a tensor" if value.is_floating_point() else f"a tensor of {value.dtype}"
+        return f"{kind.replace('torch.', '')} of shape {'×'.join(sizes) or '() (one number)'}"
     if isinstance(value, Mapping):
         return f"a dict with the keys {', '.join(map(str, value))}"
     if isinstance(value, (tuple, list)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from kdsurgeon.tracing.values import (
@@ -32,9 +32,6 @@ from kdsurgeon.tracing.values import (
     without_data,
 )
 
-_DISPATCHED = {
-    f: name for name, f in vars(functional).items() if getattr(f, "__name__", "") == "fn"
-}
 _ITEMS = {"__getitem__": operator.getitem, "__setitem__": operator.setitem}
 _QUERIES = frozenset(
     {
@@ -58,6 +55,7 @@ class Recorder(TorchFunctionMode):
         stand_ins: the inputs without data, by the name of their placeholder.
         device: where the real inputs lie, for models that ask.
         leaves: modules that stay whole, beside those of ``torch.nn``.
+        owner: whose names weights and buffers have, if not the model's.
     """
 
     def __init__(
@@ -66,6 +64,7 @@ class Recorder(TorchFunctionMode):
         stand_ins: Mapping[str, Tensor],
         device: torch.device,
         leaves: Collection[nn.Module] = (),
+        owner: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -78,7 +77,7 @@ class Recorder(TorchFunctionMode):
         self.failed_in: str | None = None
         self.seen_leaves: set[nn.Module] = set()
         self._paths = {module: path for path, module in model.named_modules()}
-        self._state = _names_of_state(model)
+        self._state = _names_of_state(owner or model)
         self._nodes: dict[int, fx.Node] = {}
         self._stand_ins: dict[int, Tensor] = {}
         self._kept: list[Any] = []  # alive, so that no two tensors get the same id
@@ -95,7 +94,7 @@ class Recorder(TorchFunctionMode):
 
     def record(self, run: Callable[[], Any]) -> fx.Graph:
         """The graph of ``run``, which returns one tensor."""
-        with _watched_modules(self), _watched_functions(self), self:
+        with _said_to_be_compiling(), _watched_modules(self), _watched_functions(self), self:
             result = run()
         node = self._argument(result)
         if not isinstance(node, fx.Node):
@@ -242,8 +241,7 @@ class Recorder(TorchFunctionMode):
     def _qualname(self, kind: str, target: Any) -> str:
         if kind in ("call_module", "get_attr"):
             return self._unique(str(target))
-        name = _DISPATCHED.get(target) if callable(target) else None
-        name = (name or str(getattr(target, "__name__", target))).strip("_")
+        name = str(getattr(target, "__name__", target)).strip("_")
         return self._unique(".".join(part for part in (self._scope[-1], name) if part))
 
     def _unique(self, base: str) -> str:
@@ -394,6 +392,17 @@ def _constant_value(
 
 
 @contextmanager
+def _said_to_be_compiling() -> Iterator[None]:
+    """Code that asks is told that it must not decide by the values of tensors."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+@contextmanager
 def _watched_modules(recorder: Recorder) -> Iterator[None]:
     """Calls of modules go to the recorder first."""
     original = nn.Module.__call__
@@ -463,10 +472,13 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             _restore(module, attributes)
 
 
+_CONTAINERS = (dict, list, set, OrderedDict)
+
+
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """The module's attributes; of dicts, lists and sets also what is in them."""
     return {
-        name: (value, value.copy()) if type(value) in (dict, list, set) else (value, None)
+        name: (value, value.copy() if type(value) in _CONTAINERS else None)
         for name, value in module.__dict__.items()
     }
 

@@ -60,7 +60,10 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     """``value`` with ``change`` applied to every leaf of nested tuples, lists, dicts and slices."""
     if isinstance(value, tuple):
         items = [mapped(item, change) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
+        is_result = hasattr(value, "n_fields")  # what torch.max and its like return
+        return type(value)(items) if is_result else tuple(items)
     if isinstance(value, list):
         return [mapped(item, change) for item in value]
     if isinstance(value, dict):
@@ -117,9 +120,35 @@ def call_leaf(
     state = [*leaf.named_parameters(), *leaf.named_buffers()]
     stand_ins = {name: without_data(value) for name, value in state}
     args, kwargs = mapped(tuple(args), on_meta), mapped(kwargs, on_meta)
+    if isinstance(leaf, nn.RNNBase) and isinstance(args[0], Tensor):
+        return _recurrent(leaf, args[0]), stand_ins
     with _without_hooks(leaf):
         result = torch.func.functional_call(leaf, stand_ins, args, kwargs)
     return mapped(result, on_meta), stand_ins
+
+
+def _recurrent(leaf: nn.RNNBase, sequence: Tensor) -> Any:
+    """What a recurrent layer gives, by its shapes alone: running it means a step per token."""
+    *around, _ = sequence.shape
+    directions = 2 if leaf.bidirectional else 1
+    width = leaf.proj_size or leaf.hidden_size
+    samples = around[:-2] if leaf.batch_first else around[1:]
+    samples = [around[0]] if leaf.batch_first and len(around) == 2 else samples
+    state = (directions * leaf.num_layers, *samples)
+    result = sequence.new_empty((*around, directions * width))
+    hidden = sequence.new_empty((*state, width))
+    if isinstance(leaf, nn.LSTM):
+        return result, (hidden, sequence.new_empty((*state, leaf.hidden_size)))
+    return result, hidden
+
+
+def operation_name(node: fx.Node) -> str:
+    """What a function or method is called, without marks: ``add_`` and aten's ``add`` are "add"."""
+    if node.op == "call_module":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.partition("::")[2].strip("_")
+    return str(getattr(node.target, "__name__", node.target)).strip("_")
 
 
 @contextmanager

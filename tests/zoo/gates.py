@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import GraphModule
 
+from kdsurgeon import tracing
 from kdsurgeon.partitioning import CutPoint, Partition, cut, find_cut_points
 from kdsurgeon.stones import Plan, compose, synthesize
 from kdsurgeon.tracing import Trace, trace
@@ -70,7 +72,7 @@ def splices_alike(model: nn.Module, captured: Trace, example: Example) -> int:
     points = tuple(point for point in find_cut_points(captured) if width(point) == 1)
     whole = compose(cut(captured, points))
     with torch.no_grad():
-        got = logits(call(whole, of_batch(example, 2)))
+        got = logits_of(whole, of_batch(example, 2))
     _compare(f"spliced at {len(points)} cut points", _logits_of(model, example), got)
     return len(points)
 
@@ -131,22 +133,16 @@ def stones_learn_where_they_should(plan: Plan, images: Tensor) -> int:
     return len(plan.stones)
 
 
-def call(module: nn.Module, example: Example) -> Any:
-    """``module`` on copies of the inputs, as models may write to them."""
-    if isinstance(example, Tensor):
-        return module(example.clone())
-    return module(**{name: value.clone() for name, value in example.items()})
+def logits_of(module: nn.Module, example: Example) -> Tensor:
+    """The one tensor that a classifier is asked for; on copies, as models may write to inputs."""
+    inputs = example.clone() if isinstance(example, Tensor) else _copies(example)
+    if isinstance(module, GraphModule):
+        return module(inputs) if isinstance(inputs, Tensor) else module(**inputs)
+    return tracing.logits_of(module, inputs)
 
 
-def logits(output: Any) -> Tensor:
-    """The one tensor that a classifier is asked for: named so, or the first."""
-    if isinstance(output, Tensor):
-        return output
-    named = getattr(output, "logits", None)
-    if isinstance(named, Tensor):
-        return named
-    first = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
-    return logits(first)
+def _copies(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in example.items()}
 
 
 def of_batch(example: Example, count: int) -> Example:
@@ -162,7 +158,7 @@ def _resized(value: Tensor, count: int) -> Tensor:
 
 def _logits_of(model: nn.Module, example: Example) -> Tensor:
     with torch.no_grad():
-        return logits(call(model, example))
+        return logits_of(model, example)
 
 
 def _logits_of_graph(captured: Trace, example: Example) -> Tensor:
@@ -178,7 +174,7 @@ def _step(
             buffer.copy_(buffers[name])
     owner.zero_grad(set_to_none=True)
     torch.manual_seed(0)
-    outputs = logits(call(module, example))
+    outputs = logits_of(module, example)
     outputs.square().mean().backward()
     return Step(
         outputs.detach().clone(),
