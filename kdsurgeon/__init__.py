@@ -28,6 +28,8 @@ __all__ = [
     "read_plan",
     "Plan",
     "certify",
+    "fit_adapters",
+    "within_budget",
     "forecast",
     "synthesize",
     "Logits",

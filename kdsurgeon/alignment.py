@@ -278,18 +278,16 @@ def _check_kinds(
 ) -> None:
     if any(_can_pair(row, column) for row in rows for column in columns):
         return
-    offered = [
-        "can be cut between " + " and ".join(sorted(kinds)) if kinds else "cannot be cut anywhere"
-        for kinds in (
-            {f"{point.main.kind.removesuffix('s')}s" for point in points}
-            for points in (rows, columns)
-        )
-    ]
+    offered = [sorted({point.main.kind for point in points}) for points in (rows, columns)]
+    teacher_offers, student_offers = (
+        f"{' and '.join(kinds)} at its cut points" if kinds else "it has no cut point"
+        for kinds in offered
+    )
     raise AlignmentError(
         f"{teacher.name} and {student.name} have no boundary in common.",
-        teacher=offered[0],
-        student=offered[1],
-        why="an adapter leads from maps or tokens to maps or tokens, and from vectors to vectors",
+        teacher=teacher_offers,
+        student=student_offers,
+        why="a vector cannot stand for many positions, nor they for it" if all(offered) else None,
         fix="train with plain distillation instead: --method kd",
     )
 

@@ -17,7 +17,7 @@ from kdsurgeon.evaluation import accuracy
 from kdsurgeon.losses import Losses, block_kd_loss, kl, task_loss
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Checkpoint, Run
-from kdsurgeon.stones import Plan, SteppingStones, partition, synthesize
+from kdsurgeon.stones import Plan, SteppingStones, fit_adapters, partition, synthesize
 from kdsurgeon.tracing import in_mode, logits_in, logits_of
 from kdsurgeon.training import Epoch, LossFunction, Step, TrainingState, start, train
 
@@ -134,6 +134,9 @@ def prepare(
                 fix="make it from these two: kdsurgeon.partition(teacher, student, example)",
             )
     stones = synthesize(plan, depths=chosen_depths(plan, recipe), seed=recipe.seed)
+    if recipe.loss.adapter_init == "least-squares" and stones.depths:
+        device = next(student.parameters()).device
+        fit_adapters(stones, plan, (images.to(device) for images, _ in batches))
     loss = loss_function(plan, recipe, stones.depths)
     return Distillation(stones, loss, plan, batches, recipe, validation, measured)
 

@@ -10,7 +10,16 @@ from kdsurgeon.exporting import export
 from kdsurgeon.losses import Logits, block_kd_loss
 from kdsurgeon.partitioning import find_cut_points
 from kdsurgeon.recipe import Recipe
-from kdsurgeon.stones import Plan, certify, forecast, partition, read_plan, synthesize
+from kdsurgeon.stones import (
+    Plan,
+    certify,
+    fit_adapters,
+    forecast,
+    partition,
+    read_plan,
+    synthesize,
+    within_budget,
+)
 from kdsurgeon.tracing import Trace, trace
 from kdsurgeon.training import Epoch
 
@@ -31,6 +40,7 @@ __all__ = [
     "evaluate",
     "export",
     "find_cut_points",
+    "fit_adapters",
     "forecast",
     "load_data",
     "load_model",
@@ -41,4 +51,5 @@ __all__ = [
     "synthesize",
     "trace",
     "train_alone",
+    "within_budget",
 ]

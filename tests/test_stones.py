@@ -7,9 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from kdsurgeon.errors import PlanError
+from kdsurgeon.errors import DataError, PlanError
 from kdsurgeon.losses import block_kd_loss
-from kdsurgeon.stones import Plan, certify, forecast, partition, plan_stones, read_plan, synthesize
+from kdsurgeon.stones import (
+    Plan,
+    certify,
+    fit_adapters,
+    forecast,
+    partition,
+    plan_stones,
+    read_plan,
+    synthesize,
+    within_budget,
+)
 from kdsurgeon.tracing import trace
 from tests import models
 
@@ -374,3 +384,175 @@ def test_a_student_that_writes_in_place_trains_like_one_that_does_not():
     student = plan.student.trace.model
     assert torch.equal(logits.student, student(models.images(4)))
     assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+# least squares ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_fitted_adapters_bring_the_stones_nearer_to_the_teacher_and_change_nothing_else():
+    plan = planned("residual", "residual")
+    stones = synthesize(plan)
+    student = plan.student.trace.model
+    before = copy.deepcopy(student.state_dict())
+    batches = [models.images(32, seed=seed) for seed in range(1, 9)]
+
+    def distances():
+        with torch.no_grad():
+            logits = stones.train()(models.images(64, seed=99))
+        return [(stone - logits.teacher).square().mean().item() for stone in logits.stones]
+
+    at_random = distances()
+    student.load_state_dict(before)
+    shares = fit_adapters(stones, plan, batches)
+    assert set(shares) == {1, 2, 3}
+    assert all(0.02 < share <= 1 for group in shares.values() for share in group)
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    assert all(fitted < drawn for fitted, drawn in zip(distances(), at_random, strict=True))
+
+
+def test_least_squares_is_a_field_of_the_recipe():
+    from kdsurgeon import Recipe
+    from kdsurgeon.distillation import prepare
+
+    batches = [(models.images(32, seed=seed), models.labels(32)) for seed in range(2)]
+    weights = {}
+    for init in ("default", "least-squares"):
+        teacher, student = models.make("residual", seed=1), models.make("inverted", seed=2)
+        recipe = Recipe(loss={"adapter_init": init})
+        ready = prepare(teacher, student, batches, recipe=recipe)
+        weights[init] = [weight.detach().clone() for weight in ready.model.adapters.parameters()]
+    assert not all(map(torch.equal, *weights.values()))
+
+
+def test_no_sample_to_fit_on_is_refused():
+    plan = planned()
+    with pytest.raises(DataError, match="no sample to fit the adapters on"):
+        fit_adapters(synthesize(plan), plan, [])
+
+
+# budgets ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_budget_keeps_the_deepest_stones_that_fit():
+    plan = planned("residual", "residual")
+    everything = forecast(plan).ratio
+    assert within_budget(plan, everything) == (1, 2, 3)
+    for depths in ((3,), (2, 3)):
+        ratio = forecast(plan, depths).ratio
+        assert within_budget(plan, ratio + 1e-6) == depths
+    with pytest.raises(PlanError, match="no stone fits a budget of 1 ×") as caught:
+        within_budget(plan, 1.0)
+    assert "--method kd" in caught.value.notes["fix"]
+
+
+def test_the_forecast_of_memory_counts_what_the_backward_pass_keeps():
+    plan = planned("residual", "residual")
+    whole = forecast(plan)
+    assert forecast(plan, ()).with_stones_bytes == whole.distillation_bytes
+    sizes = [forecast(plan, (depth,)).with_stones_bytes for depth in (1, 2, 3)]
+    assert sizes == sorted(sizes, reverse=True)  # an earlier stone has the longer tail
+    assert whole.memory_ratio > 1
+
+
+# plans of wide cuts and several inputs ───────────────────────────────────────────────────────────
+
+
+class TwoStreams(nn.Module):
+    """CrossViT: two streams that only meet at the head; no single tensor holds them together."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.left = nn.ModuleList(
+            nn.Conv2d(3 if i == 0 else width, width, 3, padding=1) for i in range(3)
+        )
+        self.right = nn.ModuleList(
+            nn.Conv2d(3 if i == 0 else width, width, 3, padding=1) for i in range(3)
+        )
+        self.head = nn.Linear(2 * width, models.CLASSES)
+
+    def forward(self, x):
+        left, right = x, x.flip(-1)
+        for one, other in zip(self.left, self.right, strict=True):
+            left, right = one(left).relu(), other(right).relu()
+        return self.head(torch.cat([left.mean((2, 3)), right.mean((2, 3))], 1))
+
+
+def test_two_streams_are_cut_by_pairs_of_tensors_and_certified():
+    teacher = TwoStreams()
+    plan = partition(teacher, models.make("chain"), models.images(2), blocks=2)
+    assert {pair.teacher.width for pair in plan.alignment.boundaries} == {2}
+    assert [len(stone.adapters) for stone in plan.stones] == [2, 2]
+    proof = certify(plan)
+    assert_no_gap(proof)
+    assert proof.stones == 2
+    logits = synthesize(plan)(models.images(5))
+    assert logits.stones.shape == (2, 5, models.CLASSES)
+
+
+def test_a_plan_of_wide_cuts_round_trips_with_lists_of_names(tmp_path):
+    plan = partition(TwoStreams(), models.make("chain"), models.images(2), blocks=2)
+    plan.save(tmp_path / "plan.yaml", certify(plan).as_dict())
+    text = (tmp_path / "plan.yaml").read_text()
+    assert "teacher: [" in text
+    assert "certificate:" in text
+    again = read_plan(tmp_path / "plan.yaml", *traces(plan))
+    assert again.hash == plan.hash
+
+
+def test_several_inputs_are_distilled_by_name():
+    from tests.test_tracing import TwoInputs
+
+    example = {"image": models.images(2), "mask": torch.ones(2)}
+    plan = partition(TwoInputs(), TwoInputs(), example, blocks=1)
+    assert_no_gap(certify(plan))
+    batch = {"image": models.images(5), "mask": torch.arange(5.0)}
+    stones = synthesize(plan)
+    logits = stones(batch)
+    assert logits.student.shape == (5, 10)
+    block_kd_loss(logits, models.labels(5)).total.backward()
+    assert all(weight.grad is not None for weight in stones.student.parameters())
+
+
+def test_adapters_of_limited_size_are_factored_and_kept_in_the_plan(tmp_path):
+    plan = planned("residual", "residual", max_adapter_parameters=400)
+    assert plan.stones[-1].adapters[0].rank
+    stones = synthesize(plan)
+    for group in stones.adapters.values():
+        assert sum(weight.numel() for weight in group.parameters()) <= 400
+    plan.save(tmp_path / "plan.yaml")
+    assert "rank: " in (tmp_path / "plan.yaml").read_text()
+    assert read_plan(tmp_path / "plan.yaml", *traces(plan)).hash == plan.hash
+
+
+class Tokens(nn.Module):
+    """ViT: patches as tokens after a class token; the head reads the class token alone."""
+
+    def __init__(self, width=12, depth=2):
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.position = nn.Parameter(torch.randn(1, 17, width))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 2, 24, batch_first=True) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, models.CLASSES)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [(Tokens, models.Residual), (models.Residual, Tokens), (Tokens, Tokens)],
+)
+def test_maps_and_tokens_are_paired_and_every_stone_teaches(teacher, student):
+    plan = partition(teacher(), student(), models.images(2))
+    assert len(plan.stones) >= 2
+    proof = certify(plan)
+    assert_no_gap(proof)
+    assert proof.stones == len(plan.stones)

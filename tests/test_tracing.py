@@ -222,6 +222,19 @@ class ReadsConstants(nn.Module):
         return self.head(x.flatten(1)) if self.table.sum() > 4 else x.flatten(1)
 
 
+class UsesEveryOperator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(768, 10)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        x = (2 - x) * 3 / (1 + x**2) + 2 ** -x.abs() - 1 / (2 + x.abs())
+        x = x @ x.new_ones(768, 768) / 768 + (x // 1) % 2 + (~(x > 0) | (x < 1)).float()
+        x = torch.where((x > 0) & (x < 1), x, -x)
+        return self.head(+x + x.T.mT)
+
+
 class AsksForItsDevice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -235,7 +248,8 @@ class AsksForItsDevice(nn.Module):
 
 STRANGE = [
     WritesThroughAView, AssignsItems, SizesAsNumbers, KeepsACache, StopsGradients,
-    HandWrittenGradient, CallsScript, ReadsConstants, AsksForItsDevice,
+    HandWrittenGradient, CallsScript, ReadsConstants, UsesEveryOperator,
+    AsksForItsDevice,
 ]  # fmt: skip
 
 

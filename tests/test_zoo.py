@@ -1,5 +1,6 @@
 """A sample of the acceptance zoo, and that its gates and its pool see what is wrong."""
 
+import operator
 import os
 import random
 import signal
@@ -8,12 +9,13 @@ from functools import cache
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional
 
 from kdsurgeon.alignment import align
-from kdsurgeon.partitioning import find_cut_points
+from kdsurgeon.partitioning import activations, cut, find_cut_points
 from kdsurgeon.stones import partition, plan_stones, synthesize
+from kdsurgeon.stones.surgery import block_sources, graft
 from kdsurgeon.tracing import trace
 from tests.models import chain, images
 from tests.zoo import gates, models
@@ -58,6 +60,44 @@ def _traced(name, size):
 def test_a_pair_is_planned_with_no_flag(teacher, student):
     size = models.common_size(teacher, student)
     assert plan_stones(align(_traced(teacher, size), _traced(student, size))).stones
+
+
+# Three faults that are silent: each on a model that shows it.
+
+
+def test_a_mask_that_is_written_through_views_is_not_lost():
+    """torchvision's Swin: a backward slice drops the writes, and the logits are wrong."""
+    torch.manual_seed(0)
+    model, example = models.real("torchvision/swin_t", 64)
+    captured = trace(model.eval(), example)
+    writes = [node for node in captured.graph_module.graph.nodes if node.meta.get("writes")]
+    assert any(node.target is operator.setitem for node in writes)
+    gates.evaluates_alike(model, captured, example)
+    assert gates.splices_alike(model, captured, example) > 10
+
+
+@pytest.mark.parametrize("name", ["torchvision/shufflenet_v2_x0_5", "timm/pvt_v2_b0"])
+def test_a_tail_reads_no_size_from_before_its_cut(name):
+    """Sizes of tensors before the cut would run the whole front again, right but wasteful."""
+    captured = trace(*models.real(name, 64), name=name)
+    points = find_cut_points(captured)
+    whole = cut(captured, points)
+    before: set[fx.Node] = set()
+    for block, sources in zip(whole.blocks, block_sources(whole), strict=True):
+        graph = fx.Graph()
+        given = {node: graph.placeholder(node.name) for node in sources}
+        made = graft(graph, block.nodes, given, {}, "")
+        assert not before & set(made)
+        before |= {node for node in block.nodes if node in set(activations(captured))}
+    assert len(points) > 20
+
+
+def test_outputs_beside_the_logits_pin_no_layer():
+    """XLNet returns the memories of all layers: cut with them, only two places are left."""
+    model, example = models.real("hf/XLNetForSequenceClassification")
+    captured = trace(model.eval(), example)
+    assert "mems" in captured.lost[0]
+    assert len(find_cut_points(captured)) >= 15
 
 
 class Forgetful(nn.Module):

@@ -99,6 +99,9 @@ Stones = Annotated[
         ("all", "last-1", "last-2", "last-3", "drop-first"),
     ),
 ]
+Budget = Annotated[
+    Annotated[float, Field(ge=1)] | None, Must("a number of 1 or more, such as 1.5, or null")
+]
 Shares = Annotated[
     tuple[Inside01, ...],
     BeforeValidator(_as_tuple),
@@ -195,6 +198,9 @@ class LossRecipe(Section):
     stones: Stones = "all"
     """the stepping stones trained through, by depth; all in Yu et al. 2024, arXiv 2411.01547,
     the smaller sets are ours"""
+    adapter_init: Literal["default", "least-squares"] = "default"
+    """where adapters start: at random, or at the map that fits a few batches best (SN-Net, Pan et
+    al. 2023, arXiv 2302.06586); ours"""
     stone_warmup: NotNegative = 0.0
     """epochs over which the weights of the stones rise linearly from 0; ours"""
     label_smoothing: Below1 = 0.0
@@ -357,3 +363,13 @@ class RunConfig(Recipe):
     """a plan file to follow, null: plan afresh"""
     blocks: Blocks = "auto"
     """blocks to cut both models into; ours"""
+    budget: Budget = None
+    """what a step may cost, as a multiple of plain distillation; null: all stones; ours"""
+
+    @field_validator("budget")
+    @classmethod
+    def _chooses_alone(cls, budget: Budget, info: ValidationInfo) -> Budget:
+        loss = info.data.get("loss")
+        if budget is not None and loss is not None and loss.stones != "all":
+            contradict(("", "loss.stones chooses the stones already; leave one of the two out"))
+        return budget

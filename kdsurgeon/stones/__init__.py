@@ -1,6 +1,7 @@
 """Stepping stones: student blocks up to a depth, an adapter, the rest of the frozen teacher."""
 
 from kdsurgeon.stones.certificate import Certificate, certify
+from kdsurgeon.stones.fitting import fit_adapters
 from kdsurgeon.stones.forecast import Forecast, forecast, within_budget
 from kdsurgeon.stones.plan import Plan, Stone, partition, plan_stones, read_plan
 from kdsurgeon.stones.surgery import compose, graft
@@ -14,6 +15,7 @@ __all__ = [
     "Stone",
     "certify",
     "compose",
+    "fit_adapters",
     "forecast",
     "graft",
     "partition",

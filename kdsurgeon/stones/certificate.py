@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from kdsurgeon.errors import PlanError
 from kdsurgeon.partitioning import Partition, cut
+from kdsurgeon.stones.fitting import kept_buffers
 from kdsurgeon.stones.plan import Plan
 from kdsurgeon.stones.surgery import Walk, block_sources, compose, context_inputs, graft
 from kdsurgeon.stones.training_graph import synthesize
@@ -136,24 +136,13 @@ def _training_gap(whole: Partition) -> float:
 def _step(run: Callable[[], Tensor], model: nn.Module) -> list[Tensor]:
     """Logits, gradients and buffers of one step; nothing of it stays."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    with _kept_buffers(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with kept_buffers(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         logits = run()
         gradients = torch.autograd.grad(logits.square().mean(), weights, allow_unused=True)
         empty = torch.zeros(0)
         found = [empty if gradient is None else gradient for gradient in gradients]
         return [logits.detach(), *found, *(buffer.clone() for buffer in model.buffers())]
-
-
-@contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
 
 
 def _gap(one: Tensor, other: Tensor) -> float:
@@ -171,8 +160,9 @@ def _refuse(whole: Partition, gap: float, when: str) -> None:
         raise PlanError(
             f"{whole.trace.name} differs by {gap:.2e} when {when}.",
             where=f"cut at {', '.join(point.name for point in whole.cuts)}" if whole.cuts else None,
-            why="its forward keeps state between calls, draws random numbers outside of torch, or "
-            "depends on the size of the batch",
+            why="its forward keeps state between calls, draws random numbers outside of torch, "
+            "depends on the size of the batch, switches autocast on, or computes blocks again for "
+            "the backward pass (gradient checkpointing)",
             fix="cut it elsewhere with --pair TEACHER=STUDENT, or train with --method kd",
         )
 
@@ -222,7 +212,7 @@ def _check_gradients(plan: Plan) -> int:
     stones = synthesize(plan)
     later = _first_block_of_weights(plan.student)
     weights = [weight for weight in student.parameters() if weight.requires_grad]
-    with _kept_buffers(student), torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with kept_buffers(student), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         logits = stones(_copied(random_inputs(plan.student)))
         if not logits.stones.isfinite().all():

@@ -344,19 +344,27 @@ def _check_inputs(model: nn.Module, example: Inputs, name: str) -> None:
     """Several inputs are named after the parameters of ``forward``."""
     if isinstance(example, Tensor):
         return
-    if not example or not all(isinstance(value, Tensor) for value in example.values()):
+    if not isinstance(example, Mapping) or not example:
+        kind = "empty" if isinstance(example, Mapping) else describe(example)
         raise TraceError(
-            f"the example input of {name} holds {describe(example)}, not tensors by name.",
-            fix=_input_fix(model, example),
+            f"the example input of {name} is {kind}, not a tensor nor tensors by name.",
+            takes=", ".join(inspect.signature(model.forward).parameters),
+            fix="give one batch as a tensor, or several as {name: tensor}",
         )
+    for key, value in example.items():
+        if not isinstance(value, Tensor):
+            raise TraceError(
+                f"{key} in the example input of {name} is {describe(value)}, not a tensor.",
+                fix="give tensors only; other parameters of forward keep their defaults",
+            )
     known = inspect.signature(model.forward).parameters
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values())
     for key in example:
         if key not in known and not takes_any:
             raise TraceError(
                 f"{name} takes no input called {key}.",
-                fix=nearest(key, known) or _input_fix(model, example),
                 takes=", ".join(known),
+                fix=nearest(key, known) or "name the inputs as the parameters of its forward",
             )
 
 
@@ -376,7 +384,7 @@ def _explain(failure: _Failure, model: nn.Module, example: Inputs, name: str) ->
     place = f"{failure.last}, {_source_line(error)}"
     reason = _first_line(error)
     if _is_data_dependent(error):
-        words = str(error) if isinstance(error, DataDependent) else _IN_WORDS
+        words = str(error) if isinstance(error, DataDependent) else _in_words(error)
         return TraceError(
             f"{name} cannot be captured as a graph: {words}.",
             where=place,
@@ -406,7 +414,10 @@ def _explain(failure: _Failure, model: nn.Module, example: Inputs, name: str) ->
     )
 
 
-_IN_WORDS = "the model branches on the values of a tensor"
+def _in_words(error: Exception) -> str:
+    if "nonzero" in str(error):
+        return "the shape of a tensor depends on the values of another"
+    return "the model branches on the values of a tensor"
 
 
 def _is_data_dependent(error: Exception) -> bool:
@@ -445,16 +456,19 @@ def _input_fix(model: nn.Module, example: Inputs) -> str:
     if any(isinstance(weight, UninitializedParameter) for weight in state):
         return "run the model once on real inputs first: its lazy layers have no shape yet"
     wanted = {weight.dtype for weight in state if weight.is_floating_point()}
-    given = {value.dtype for value in _by_name(example).values() if value.is_floating_point()}
+    values = _by_name(example).values()
+    given = {value.dtype for value in values if value.is_floating_point() or value.ndim == 4}
     if given and len(wanted) == 1 and not given & wanted:
         dtype = str(wanted.pop()).removeprefix("torch.")
-        return f"the model's weights are {dtype}: give inputs of {dtype}, or use model.float()"
+        return f"the model's weights are {dtype}: give inputs of {dtype}, or model.float()"
     known = list(inspect.signature(model.forward).parameters)
     if isinstance(example, Mapping):
         return f"give tensors for what its forward takes: {', '.join(known)}"
     if len(_required(model)) > 1:
         names = ", ".join(f'"{name}": …' for name in _required(model))
         return f"its forward takes several inputs; in Python, give them by name: {{{names}}}"
+    if example.ndim != 4:
+        return "give the shape and dtype the model was made for; the first axis counts the samples"
     return "give the size the model was made for: --input-size C,H,W"
 
 

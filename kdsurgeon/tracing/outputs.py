@@ -115,7 +115,7 @@ def describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         kind = "tuple" if isinstance(value, tuple) else "list"
         return f"a {kind} of {len(value)} values"
-    return f"a {type(value).__name__}"
+    return f"of type {type(value).__name__}"
 
 
 @contextmanager

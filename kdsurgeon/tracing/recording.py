@@ -343,7 +343,9 @@ def _kind_of(func: Any) -> tuple[str, Any]:
     name = getattr(func, "__name__", "")
     if name in _ITEMS:
         return "call_function", _ITEMS[name]
-    if getattr(torch.Tensor, name, None) is func:
+    method = getattr(torch.Tensor, name, None)
+    wraps_method = method is not None and getattr(func, "__module__", None) == "torch._tensor"
+    if method is func or wraps_method:  # x ** 2 is a wrapper of pow
         return "call_method", name
     return "call_function", func
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, fx, nn
 
 from kdsurgeon.costs import Cost
-from kdsurgeon.partitioning import Partition
-from kdsurgeon.views.units import printable
+from kdsurgeon.layouts import Activation
+from kdsurgeon.partitioning import CutPoint, Partition
+from kdsurgeon.views import units
 
 _MODULE_WORDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), "BN"),
@@ -19,7 +21,7 @@ _MODULE_WORDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.AvgPool2d, nn.AdaptiveAvgPool2d), "avg pool"),
     ((nn.ConvTranspose2d,), "deconv"),
     ((nn.Linear,), "linear"),
-    ((nn.Flatten,), "flatten"),
+    ((nn.Softmax,), "softmax"),
 )
 _FUNCTION_WORDS = {
     "iadd": "add",
@@ -42,22 +44,35 @@ _FUNCTION_WORDS = {
     "conv2d": "conv",
     "batch_norm": "BN",
     "layer_norm": "LN",
+    "scaled_dot_product_attention": "attention",
 }
-_SILENT_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d)
-_SILENT_FUNCTIONS = frozenset({"getattr", "getitem", "size", "dropout", "contiguous"})
+_SILENT_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten)
+_SILENT_FUNCTIONS = frozenset(
+    {
+        "chunk", "clone", "contiguous", "detach", "dropout", "expand", "flatten", "getattr",
+        "getitem", "permute", "repeat", "reshape", "size", "split", "squeeze", "to", "transpose",
+        "type_as", "unbind", "unflatten", "unsqueeze", "view",
+    }
+)  # fmt: skip
+
+
+class End(NamedTuple):
+    """A tensor that leaves a block: the node's name, and how its values are laid out."""
+
+    name: str
+    layout: str
 
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """One block: its last node, that node's shape, its cost and share of the model's compute.
+    """One block: the tensors that leave it, its cost and its share of the model's compute.
 
     ``operations`` counts what the block runs, most frequent first. ``label`` is the block's number,
     or "head" for the last one.
     """
 
     label: str
-    end: str
-    shape: tuple[int, ...]
+    ends: tuple[End, ...]
     share: float
     cost: Cost
     operations: tuple[tuple[str, int], ...]
@@ -72,27 +87,53 @@ def describe_blocks(partition: Partition) -> tuple[BlockFacts, ...]:
     >>> layers = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 5))
     >>> captured = trace(layers, torch.zeros(2, 1, 4, 4))
     >>> first, head = describe_blocks(cut(captured, find_cut_points(captured)[1:2]))
-    >>> first.label, first.end, first.shape, first.operations
-    ('1', '1', (2, 2, 2), (('conv', 1), ('ReLU', 1)))
-    >>> head.label, head.end, head.shape, round(head.share, 2)
-    ('head', '3', (5,), 0.36)
+    >>> first.label, first.ends, first.operations
+    ('1', (End(name='1', layout='2×2×2'),), (('conv', 1), ('ReLU', 1)))
+    >>> head.label, head.ends, round(head.share, 2)
+    ('head', (End(name='3', layout='5'),), 0.36)
     """
     trace = partition.trace
     whole = max(1, partition.cost.multiply_adds)
-    ends = [(point.name, point.shape) for point in partition.cuts]
-    ends.append((trace.logits.meta["qualname"], tuple(trace.logits.meta["val"].shape[1:])))
+    ends = [ends_of(point) for point in partition.cuts]
+    logits = units.shape(trace.logits.meta["val"].shape[1:])
+    ends.append((End(units.printable(trace.logits.meta["qualname"]), logits),))
     labels = [str(depth) for depth in range(1, len(ends))] + ["head"]
     return tuple(
         BlockFacts(
             label=label,
-            end=printable(name),
-            shape=shape,
+            ends=leaving,
             share=block.cost.multiply_adds / whole,
             cost=block.cost,
             operations=_operations(block.nodes, trace.graph_module),
         )
-        for label, (name, shape), block in zip(labels, ends, partition.blocks, strict=True)
+        for label, leaving, block in zip(labels, ends, partition.blocks, strict=True)
     )
+
+
+def ends_of(point: CutPoint) -> tuple[End, ...]:
+    """The tensors of a cut point, the one that was produced last first."""
+    return tuple(End(units.printable(each.name), layout(each)) for each in point.tensors)
+
+
+def layout(activation: Activation) -> str:
+    """A tensor's shape as people read it: positions of a kind stand together.
+
+    >>> layout(Activation("x", (64, 56, 56), "BCHW", (56, 56)))
+    '64×56×56'
+    >>> layout(Activation("x", (56, 56, 96), "BHWC", (56, 56)))
+    '56×56 × 96'
+    >>> layout(Activation("x", (197, 192), "BTC", (14, 14), prefix=1))
+    '14×14+1 tokens × 192'
+    >>> layout(Activation("x", (32, 768), "BTC"))
+    '32 tokens × 768'
+    """
+    if activation.kind == "tokens":
+        prefix = f"+{activation.prefix}" if activation.prefix else ""
+        where = units.shape(activation.grid) + prefix if activation.grid else activation.positions
+        return f"{where} token{'' if where == 1 else 's'} × {activation.channels}"
+    if activation.axes == "BHWC":
+        return f"{units.shape(activation.shape[:2])} × {activation.channels}"
+    return units.shape(activation.shape)
 
 
 def _operations(nodes: Iterable[fx.Node], model: nn.Module) -> tuple[tuple[str, int], ...]:

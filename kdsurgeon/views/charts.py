@@ -1,4 +1,7 @@
-"""Line charts as inline SVG: a few series over epochs, direct labels, no script."""
+"""Line charts as inline SVG: a few series over epochs, direct labels, no script.
+
+The page that holds them brings the colours of dark pages.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from kdsurgeon.views import palette
+
 WIDTH, HEIGHT = 920, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 196, 16, 44
-COLOURS = ("#1d4ed8", "#c2410c", "#15803d", "#7e22ce", "#be185d", "#0f766e", "#a16207", "#374151")
-INK, GRID = "#374151", "#e5e7eb"
 LABEL_PITCH = 17
 
 Points = Sequence[tuple[float, float | None]]
@@ -67,7 +70,7 @@ def line_chart(
             "height": str(HEIGHT),
             "font-family": "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif",
             "font-size": "13",
-            "fill": INK,
+            "class": "kdsurgeon",
             "role": "img",
         },
     )
@@ -75,15 +78,19 @@ def line_chart(
     _draw_axes(svg, axes, text)
     labels = []
     for index, (name, points) in enumerate(known.items()):
-        colour = COLOURS[index % len(COLOURS)]
-        _draw_series(svg, series[name], axes, colour)
+        hue = palette.hue(index)
+        _draw_series(svg, series[name], axes, hue)
         if points:
             labels.append(
-                (axes.y(points[-1][1] or 0.0), f"{name} {text(points[-1][1] or 0.0)}", colour)
+                (
+                    axes.y(points[-1][1] or 0.0),
+                    f"{name} {text(points[-1][1] or 0.0)}",
+                    f"mark-{hue}",
+                )
             )
     if level:
         _draw_level(svg, axes.y(level[1]))
-        labels.append((axes.y(level[1]), f"{level[0]} {text(level[1])}", INK))
+        labels.append((axes.y(level[1]), f"{level[0]} {text(level[1])}", "ink"))
     _draw_labels(svg, labels)
     ET.indent(svg)
     return ET.tostring(svg, encoding="unicode")
@@ -112,7 +119,7 @@ def _ticks(values: Sequence[float]) -> tuple[float, ...]:
 def _draw_axes(svg: ET.Element, axes: _Axes, text: Callable[[float], str]) -> None:
     for value in axes.ticks:
         y = axes.y(value)
-        _line(svg, LEFT, y, WIDTH - RIGHT, y, GRID)
+        _line(svg, LEFT, y, WIDTH - RIGHT, y, "grid")
         _text(svg, text(value), LEFT - 8, y + 4.5, anchor="end")
     step = max(1, math.ceil((axes.last - axes.first + 1) / 10))
     for epoch in range(math.ceil(axes.first), math.floor(axes.last) + 1):
@@ -121,7 +128,7 @@ def _draw_axes(svg: ET.Element, axes: _Axes, text: Callable[[float], str]) -> No
     _text(svg, "epoch", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, anchor="middle")
 
 
-def _draw_series(svg: ET.Element, points: Points, axes: _Axes, colour: str) -> None:
+def _draw_series(svg: ET.Element, points: Points, axes: _Axes, hue: str) -> None:
     """A line with a dot where it has room; broken where a value is missing."""
     pieces: list[list[str]] = [[]]
     for epoch, value in points:
@@ -131,36 +138,36 @@ def _draw_series(svg: ET.Element, points: Points, axes: _Axes, colour: str) -> N
         x, y = axes.x(epoch), axes.y(value)
         pieces[-1].append(f"{x:.1f},{y:.1f}")
         if len(points) <= 40:
-            circle = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "2.6", "fill": colour}
-            ET.SubElement(svg, "circle", circle)
-    style = {"fill": "none", "stroke": colour, "stroke-width": "2", "stroke-linejoin": "round"}
+            circle = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "2.6"}
+            ET.SubElement(svg, "circle", circle | palette.painted(f"mark-{hue}"))
+    style = palette.painted(f"wire-{hue}") | {"stroke-width": "2", "stroke-linejoin": "round"}
     for piece in pieces:
         if len(piece) > 1:
             ET.SubElement(svg, "polyline", {"points": " ".join(piece)} | style)
 
 
 def _draw_level(svg: ET.Element, y: float) -> None:
-    line = _line(svg, LEFT, y, WIDTH - RIGHT, y, INK)
-    line.attrib |= {"stroke-dasharray": "6 5", "class": "level"}
+    line = _line(svg, LEFT, y, WIDTH - RIGHT, y, "level")
+    line.set("stroke-dasharray", "6 5")
 
 
 def _draw_labels(svg: ET.Element, labels: list[tuple[float, str, str]]) -> None:
     """Each name at the end of its line; names that would overlap are pushed apart."""
     lowest = HEIGHT - BOTTOM - LABEL_PITCH * (len(labels) - 1)
     y = -math.inf
-    for index, (wanted, name, colour) in enumerate(sorted(labels)):
+    for index, (wanted, name, role) in enumerate(sorted(labels)):
         y = max(y + LABEL_PITCH, min(wanted, lowest + index * LABEL_PITCH))
-        _text(svg, name, WIDTH - RIGHT + 12, y + 4.5, fill=colour)
+        _text(svg, name, WIDTH - RIGHT + 12, y + 4.5, role=role)
 
 
-def _line(svg: ET.Element, x1: float, y1: float, x2: float, y2: float, colour: str) -> ET.Element:
+def _line(svg: ET.Element, x1: float, y1: float, x2: float, y2: float, role: str) -> ET.Element:
     places = {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
     attributes = {name: f"{value:.1f}" for name, value in places.items()}
-    return ET.SubElement(svg, "line", attributes | {"stroke": colour})
+    return ET.SubElement(svg, "line", attributes | palette.painted(role))
 
 
 def _text(
-    svg: ET.Element, text: str, x: float, y: float, *, anchor: str = "start", fill: str = INK
+    svg: ET.Element, text: str, x: float, y: float, *, anchor: str = "start", role: str = "ink"
 ) -> None:
-    attributes = {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor, "fill": fill}
-    ET.SubElement(svg, "text", attributes).text = text
+    attributes = {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor}
+    ET.SubElement(svg, "text", attributes | palette.painted(role)).text = text

@@ -1,8 +1,8 @@
 """A plan as a picture: both graphs side by side, paired blocks in one colour.
 
-Both columns hold equally many boxes, each with the same least height and a share of the same room
-to grow, so the boundaries of both run down in the same order and connectors never cross. The slant
-of a connector stays in the gutters beside its label, so no label is ever crossed either.
+Both columns hold equally many cards, and paired cards stand at one height, so that a boundary is a
+straight way from the student's tensor through its adapter to the teacher's. Between wide columns
+the adapters stand in the middle; on a narrow page they stand below the tensors that they join.
 """
 
 from __future__ import annotations
@@ -13,292 +13,405 @@ from dataclasses import dataclass
 from itertools import pairwise
 from textwrap import wrap
 
+from kdsurgeon.adapters import AdapterSpec
 from kdsurgeon.costs import Cost
 from kdsurgeon.partitioning import Partition
 from kdsurgeon.stones import Forecast, Plan, Stone
-from kdsurgeon.views import units
-from kdsurgeon.views.blocks import BlockFacts, describe_blocks
+from kdsurgeon.views import palette, units
+from kdsurgeon.views.blocks import BlockFacts, End, describe_blocks
 
-MARGIN = 28
-COLUMN = 350
-GUTTER = 64
-LABEL = 236
-TEACHER_X = MARGIN
-LABEL_X = TEACHER_X + COLUMN + GUTTER
-STUDENT_X = LABEL_X + LABEL + GUTTER
-WIDTH = STUDENT_X + COLUMN + MARGIN
-
-TOP = 126  # below the title, the legend and the models' names
-INPUT_HEIGHT = 30
-GAP = 52  # between two boxes: the name and shape of what flows there
-LEAST_HEIGHT = 94  # four lines of text
-LINE = 18
-ROOM = 90  # height per block that is given out by share of compute
-
-TITLE, BODY, SMALL = 19, 14, 12.5  # font sizes in pixels
-CHARACTER = 0.58  # width of an average character of sans-serif text, as a share of its size;
-BOLD = 0.66  # on the safe side for the wider faces that a viewer may substitute
-RAIL = 30  # how far inside a column the flow runs down
-
-COLOURS = (  # fill, outline; told apart in grey and by colour-blind readers through their order
-    ("#dbeafe", "#2563eb"),
-    ("#dcfce7", "#15803d"),
-    ("#fef3c7", "#b45309"),
-    ("#fce7f3", "#be185d"),
-    ("#e0e7ff", "#4338ca"),
-    ("#ccfbf1", "#0f766e"),
-    ("#ffedd5", "#c2410c"),
-    ("#f3e8ff", "#7e22ce"),
-)
-HEAD_COLOUR = ("#e5e7eb", "#4b5563")
+LINE = 18  # from one line of text to the next
+PAD = 14  # inside a card
+STEP = 20  # from a card to its tensors, and from them to the next card
+BAR = 6
+BEND = 40  # beside an adapter: room for the line that leads there
+TITLE, BODY, SMALL = 18, 14, 12.5  # font sizes in pixels
+CHARACTER = 0.6  # width of an average character of sans-serif text, as a share of its size;
+BOLD = 0.7  # on the safe side for the wider faces that a viewer may substitute
 _TIED = "\N{NO-BREAK SPACE}"
-INK, FAINT = "#111827", "#4b5563"
 
 
 @dataclass(frozen=True)
-class _Box:
-    """A block with its place on the page."""
+class Form:
+    """How wide a picture is, its margin, and the room between its columns, in pixels."""
 
-    facts: BlockFacts
-    x: int
-    y: int
-    height: int
-    colour: tuple[str, str]
+    width: int
+    margin: int
+    between: int
 
     @property
-    def bottom(self) -> int:
-        return self.y + self.height
+    def column(self) -> int:
+        return (self.width - 2 * self.margin - self.between) // 2
 
     @property
-    def boundary(self) -> int:
-        """The height of the line on which the block's result leaves it."""
-        return self.bottom + GAP // 2
+    def columns(self) -> tuple[int, int]:
+        """Where the teacher's column begins, and the student's."""
+        return self.margin, self.width - self.margin - self.column
+
+    @property
+    def is_narrow(self) -> bool:
+        return self.between < 4 * BEND
 
 
-def draw_plan(plan: Plan, forecast: Forecast) -> str:
+WIDE = Form(width=1120, margin=24, between=324)
+NARROW = Form(width=360, margin=10, between=12)
+
+
+def draw_plan(plan: Plan, forecast: Forecast, *, form: Form = WIDE) -> str:
     """The plan as an SVG document: teacher left, student right, input on top.
 
-    A box is a block; its height grows with its share of the model's multiply-adds. Every boundary
-    is drawn as a line through the adapter and the weight of the stepping stone that starts there.
-    The same plan gives the same bytes.
+    A card is a block; the bar in it is its share of the model's multiply-adds. Between two cards
+    stand the tensors that the model is cut at, and between those of both models the adapters of the
+    stepping stone that starts there. Dark where the reader prefers that. The same plan gives the
+    same bytes.
     """
-    columns = [
-        _stack(describe_blocks(partition), x)
-        for partition, x in ((plan.teacher, TEACHER_X), (plan.student, STUDENT_X))
-    ]
-    height = columns[0][-1].bottom + GAP + INPUT_HEIGHT + MARGIN
-    svg = ET.Element(
-        "svg",
-        {
-            "xmlns": "http://www.w3.org/2000/svg",
-            "viewBox": f"0 0 {WIDTH} {height}",
-            "width": str(WIDTH),
-            "height": str(height),
-            "font-family": "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif",
-            "font-size": str(BODY),
-            "fill": INK,
-            "role": "img",
-        },
-    )
+    svg = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg"})
     ET.SubElement(svg, "title").text = "Aligned blocks of teacher and student"
-    _rectangle(svg, 0, 0, WIDTH, height, ("#ffffff", "none"))
-    _headings(svg, plan, forecast)
-    for partition, column in zip((plan.teacher, plan.student), columns, strict=True):
-        _draw_column(svg, partition, column)
-    for stone, left, right in zip(plan.stones, *(column[:-1] for column in columns), strict=True):
-        _draw_boundary(svg, stone, left, right)
+    ET.SubElement(svg, "style").text = palette.DARK
+    page = _rectangle(svg, "page", 0, 0, form.width, 0)
+    sides = (plan.teacher, plan.student)
+    top = _headings(svg, plan, forecast, form)
+    top = _terminals(svg, [f"input {side.trace.takes}" for side in sides], top, form)
+    blocks = list(zip(*map(describe_blocks, sides), strict=True))
+    for index, (pair, stone) in enumerate(zip(blocks, [*plan.stones, None], strict=True)):
+        hue = palette.hue(index) if stone else palette.HEAD
+        for x in form.columns:
+            _flow(svg, _rail(x, form), top, top + STEP)
+        top = _draw_cards(svg, pair, top + STEP, hue, form)
+        if stone:
+            top = _draw_boundary(svg, stone, pair, top, hue, form)
+    for x in form.columns:
+        _flow(svg, _rail(x, form), top, top + STEP)
+    logits = [f"{facts.ends[0].layout} logits" for facts in blocks[-1]]
+    height = _terminals(svg, logits, top + STEP, form) + form.margin
+    page.set("height", str(height))
+    svg.attrib |= {
+        "viewBox": f"0 0 {form.width} {height}",
+        "width": str(form.width),
+        "height": str(height),
+        "class": "kdsurgeon",
+        "font-family": "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif",
+        "role": "img",
+    }
     ET.indent(svg)
     return ET.tostring(svg, encoding="unicode") + "\n"
 
 
-def _stack(blocks: Sequence[BlockFacts], x: int) -> list[_Box]:
-    """The blocks as boxes from top to bottom; stacks of as many blocks end at the same height."""
-    room = ROOM * len(blocks)
-    shares = [facts.share for facts in blocks]
-    if not any(shares):  # a model without convolutions and matrix products
-        shares = [1 / len(blocks)] * len(blocks)
-    boxes = []
-    top, passed = TOP + INPUT_HEIGHT + GAP, 0.0
-    for index, (facts, share) in enumerate(zip(blocks, shares, strict=True)):
-        is_head = index == len(blocks) - 1
-        before, passed = passed, passed + share
-        height = LEAST_HEIGHT + round(room * passed) - round(room * before)
-        colour = HEAD_COLOUR if is_head else COLOURS[index % len(COLOURS)]
-        boxes.append(_Box(facts, x, top, height, colour))
-        top += height + GAP
-    return boxes
+# what stands above the graphs ────────────────────────────────────────────────────────────────────
 
 
-def _headings(svg: ET.Element, plan: Plan, forecast: Forecast) -> None:
-    stones = f"{len(plan.stones)} stepping stone{'s' if len(plan.stones) > 1 else ''}"
+def _headings(svg: ET.Element, plan: Plan, forecast: Forecast, form: Form) -> int:
+    """Title, legend, and both models' names and sizes; returns how far down they reach."""
+    number = len(plan.stones)
+    stones = f"{number or 'no'} stepping stone{'' if number == 1 else 's'}"
     title = f"{stones}; one training step costs {forecast.ratio:.2f} × plain distillation"
-    _text(svg, title, MARGIN, 36, size=TITLE, weight="600")
     legend = (
-        "Height: share of the model's multiply-adds. Same colour: paired blocks. "
-        "Arrow: an adapter carries the student's tensor into the teacher's next block."
+        "Bar: share of the model's multiply-adds. Same colour: paired blocks. "
+        "Arrow: an adapter feeds the student's tensor to the teacher's next block."
     )
-    _text(svg, legend, MARGIN, 60, size=SMALL, fill=FAINT)
-    for role, partition, x in (
-        ("teacher", plan.teacher, TEACHER_X),
-        ("student", plan.student, STUDENT_X),
-    ):
-        name = partition.trace.name
-        heading = role if name == role else f"{role}: {name}"
-        _name(svg, heading, x, TOP - 36, COLUMN, size=16, weight="600")
-        _text(svg, _sizes(partition.cost), x, TOP - 17, size=SMALL, fill=FAINT)
+    y, room = form.margin + TITLE, form.width - 2 * form.margin
+    for line in _wrapped(title, room, TITLE, BOLD):
+        _text(svg, line, form.margin, y, size=TITLE, weight="600")
+        y += 24
+    for line in _wrapped(legend, room, SMALL, CHARACTER):
+        _text(svg, line, form.margin, y, size=SMALL, role="faint")
+        y += LINE
+    ends = [
+        _draw_name(svg, role, side, x, y + 12, form)
+        for role, side, x in zip(
+            ("teacher", "student"), (plan.teacher, plan.student), form.columns, strict=True
+        )
+    ]
+    return max(ends) + 4
 
 
-def _draw_column(svg: ET.Element, partition: Partition, column: Sequence[_Box]) -> None:
-    rail = column[0].x + RAIL
-    _terminal(svg, f"input {partition.trace.takes}", column[0].x, TOP)
-    _flow(svg, rail, TOP + INPUT_HEIGHT, column[0].y)
-    for box in column:
-        _draw_block(svg, box)
-    for box, following in pairwise(column):
-        _flow(svg, rail, box.bottom, following.y)
-    last = column[-1]
-    _flow(svg, rail, last.bottom, last.bottom + GAP)
-    _terminal(svg, f"{units.shape(last.facts.shape)} logits", last.x, last.bottom + GAP)
+def _draw_name(svg: ET.Element, role: str, side: Partition, x: int, y: int, form: Form) -> int:
+    y += 10
+    if side.trace.name != role:
+        _text(svg, role, x, y, size=SMALL, role="faint")
+        y += LINE + 1
+    _name(svg, side.trace.name, x, y, form.column, size=BODY, weight="600")
+    for line in _sizes(side.cost, form):
+        y += LINE
+        _text(svg, line, x, y, size=SMALL, role="faint")
+    return y + 10
 
 
-def _draw_block(svg: ET.Element, box: _Box) -> None:
+def _sizes(cost: Cost, form: Form) -> list[str]:
+    sizes = [
+        f"{units.count(cost.parameters)} parameters",
+        f"{units.count(cost.multiply_adds)} multiply-adds",
+    ]
+    return sizes if form.is_narrow else [" · ".join(sizes)]
+
+
+def _terminals(svg: ET.Element, texts: Sequence[str], top: int, form: Form) -> int:
+    """What goes into both models, or comes out of them."""
+    height = 28
+    for text, x in zip(texts, form.columns, strict=True):
+        room = form.column - 28
+        width = min(form.column, 28 + round(len(text) * SMALL * CHARACTER))
+        _rectangle(svg, "end", x, top, width, height, radius=height // 2)
+        _name(svg, text, x + 14, top + 18, room, size=SMALL)
+    return top + height
+
+
+# blocks ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _draw_cards(svg: ET.Element, pair: Sequence[BlockFacts], top: int, hue: str, form: Form) -> int:
+    room = form.column - 2 * PAD
+    bodies = [
+        (_sizes(facts.cost, form), _operation_lines(facts.operations, room)) for facts in pair
+    ]
+    lines = max(len(sizes) + len(operations) for sizes, operations in bodies)
+    height = PAD + LINE + BAR + 4 + lines * LINE + PAD
+    for facts, body, x in zip(pair, bodies, form.columns, strict=True):
+        _draw_card(svg, facts, body, (x, top, form.column, height), hue)
+    return top + height
+
+
+def _draw_card(
+    svg: ET.Element,
+    facts: BlockFacts,
+    body: tuple[list[str], list[str]],
+    place: tuple[int, int, int, int],
+    hue: str,
+) -> None:
+    x, top, width, height = place
+    left, room, y = x + PAD, width - 2 * PAD, top + PAD + 10
     group = ET.SubElement(svg, "g", {"class": "block"})
-    _rectangle(group, box.x, box.y, COLUMN, box.height, box.colour, radius=8)
-    facts = box.facts
-    operations = _operation_lines(facts.operations, (box.height - 22) // LINE - 2)
-    y = box.y + (box.height - (2 + len(operations)) * LINE) // 2 + 14
-    left, right = box.x + 16, box.x + COLUMN - 16
+    _rectangle(group, f"card-{hue}", x, top, width, height, radius=8)
     title = "head" if facts.label == "head" else f"block {facts.label}"
     _text(group, title, left, y, weight="600")
-    share = f"{units.compute(facts.share)} of compute"
-    _text(group, share, right, y, anchor="end", weight="600")
-    _text(group, _sizes(facts.cost), left, y + LINE)
-    for number, line in enumerate(operations, start=2):
-        _text(group, line, left, y + number * LINE, fill=FAINT)
+    of_compute = " of compute" if room > 200 else ""
+    share = f"{units.compute(facts.share)}{of_compute}"
+    _text(group, share, left + room, y, anchor="end", weight="600")
+    _rectangle(group, f"rest-{hue}", left, y + 9, room, BAR, radius=BAR // 2)
+    filled = round(room * facts.share)
+    if filled:
+        _rectangle(group, f"mark-{hue}", left, y + 9, filled, BAR, radius=BAR // 2)
+    y += BAR + 12
+    for lines, role in zip(body, ("ink", "faint"), strict=True):
+        for line in lines:
+            y += LINE
+            _text(group, line, left, y - 1, size=13, role=role)
     everything = ", ".join(f"{count} {word}" for word, count in facts.operations)
-    ET.SubElement(group, "title").text = f"{title}, up to {facts.end}: {everything}"
+    ends = " + ".join(end.name for end in facts.ends)
+    ET.SubElement(group, "title").text = f"{title}, up to {ends}: {everything}"
 
 
-def _sizes(cost: Cost) -> str:
-    parameters, multiply_adds = units.count(cost.parameters), units.count(cost.multiply_adds)
-    return f"{parameters} parameters · {multiply_adds} multiply-adds"
-
-
-def _operation_lines(operations: Sequence[tuple[str, int]], most: int) -> list[str]:
-    """The operations in words on at most ``most`` lines; kinds that do not fit are counted."""
+def _operation_lines(operations: Sequence[tuple[str, int]], room: int) -> list[str]:
+    """The operations in words on at most two lines; kinds that do not fit are counted."""
     # a number stays on the line of its word: textwrap does not break at no-break spaces
-    width = int((COLUMN - 32) / (BODY * CHARACTER))
+    width = int(room / (13 * CHARACTER))
     items = [f"{count} {word}".replace(" ", _TIED) for word, count in operations]
     for shown in range(len(items), 0, -1):
         left = len(items) - shown
-        text = ", ".join(items[:shown]) + (f", {left} more kinds" if left else "")
+        rest = f", {left} other{'s' if left > 1 else ''}".replace(f"{left} ", f"{left}{_TIED}")
+        text = ", ".join(items[:shown]) + (rest if left else "")
         lines = wrap(text, width, break_long_words=False, break_on_hyphens=False)
-        if len(lines) <= most and all(len(line) <= width for line in lines):
+        if len(lines) <= 2 and all(len(line) <= width for line in lines):
             return [line.replace(_TIED, " ") for line in lines]
-    return [f"{len(items)} kinds of operations"] if items else []
+    return [f"{len(items)} kinds"] if items else []
 
 
-def _draw_boundary(svg: ET.Element, stone: Stone, teacher: _Box, student: _Box) -> None:
-    """Across both columns, and from the student through the label into the teacher."""
-    outline = teacher.colour[1]
+# boundaries ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _draw_boundary(
+    svg: ET.Element, stone: Stone, pair: Sequence[BlockFacts], top: int, hue: str, form: Form
+) -> int:
+    """The tensors of both cuts, and the adapters from the student's to the teacher's."""
     group = ET.SubElement(svg, "g", {"class": "boundary"})
-    ET.SubElement(
-        group, "title"
-    ).text = f"boundary {stone.depth}: {student.facts.end} → {teacher.facts.end}"
-    for box in (teacher, student):
-        _draw_cut(group, box, outline)
-    left, right = TEACHER_X + COLUMN, STUDENT_X
-    start, end = student.boundary, teacher.boundary
-    middle, bend = (start + end) // 2, GUTTER // 2
-    path = (
-        f"M {right} {start} C {right - bend} {start} {right - bend} {middle} "
-        f"{right - GUTTER} {middle} L {left + GUTTER} {middle} "
-        f"C {left + bend} {middle} {left + bend} {end} {left + 10} {end}"
-    )
-    ET.SubElement(group, "path", {"d": path, "fill": "none"} | _stroke(outline, 2))
-    tip = f"{left},{end} {left + 11},{end - 5} {left + 11},{end + 5}"
-    ET.SubElement(group, "polygon", {"points": tip, "fill": outline})
-    _draw_label(group, stone, middle, outline)
+    names = [" + ".join(end.name for end in facts.ends) for facts in pair]
+    ET.SubElement(group, "title").text = f"boundary {stone.depth}: {names[1]} → {names[0]}"
+    ends = [facts.ends for facts in pair]
+    draw = _draw_below if form.is_narrow else _draw_between
+    return draw(group, stone, ends, top, hue, form)
 
 
-def _draw_cut(group: ET.Element, box: _Box, outline: str) -> None:
-    """A dashed line where the model is cut; on it the last node's name and its shape."""
-    y, right = box.boundary, box.x + COLUMN
-    line = {"x1": str(box.x), "y1": str(y), "x2": str(right), "y2": str(y)}
-    ET.SubElement(group, "line", line | _stroke(outline, 1.5) | {"stroke-dasharray": "5 4"})
-    shape = units.shape(box.facts.shape)
-    _text(group, shape, right - 4, y - 7, size=SMALL, anchor="end", weight="600")
-    left = box.x + RAIL + 12
-    room = right - 16 - round(len(shape) * SMALL * BOLD) - left
-    _name(group, box.facts.end, left, y - 7, room, size=SMALL)
+def _draw_between(
+    group: ET.Element,
+    stone: Stone,
+    ends: Sequence[Sequence[End]],
+    top: int,
+    hue: str,
+    form: Form,
+) -> int:
+    """Tensor beside tensor, every adapter at the height of the teacher's tensor it makes."""
+    left, right = form.margin + form.column, form.columns[1]
+    x, width = left + BEND, form.between - 2 * BEND
+    labels = [_steps(spec, width - 20) for spec in stone.adapters]
+    heights = [max(28, len(label) * LINE + 10) for label in labels]
+    heights += [28] * (max(map(len, ends)) - len(heights))
+    centres = [top + STEP + sum(heights[:i]) + 8 * i + h // 2 for i, h in enumerate(heights)]
+    for column, tensors in zip(form.columns, ends, strict=True):
+        _line(group, "flow", _rail(column, form), top, centres[0] - 14)
+        for end, centre in zip(tensors, centres, strict=False):
+            _draw_tensor(group, [end], column, centre - 14, hue, form)
+        for above, below in pairwise(centres[: len(tensors)]):
+            _line(group, "flow", _rail(column, form), above + 14, below - 14)
+    bottom = centres[-1] + heights[-1] // 2
+    for column, tensors in zip(form.columns, ends, strict=True):
+        _line(group, "flow", _rail(column, form), centres[len(tensors) - 1] + 14, bottom)
+    for spec, label, height, centre in zip(stone.adapters, labels, heights, centres, strict=False):
+        start = centres[_source(spec, ends[1])]
+        bend = right - BEND // 2
+        path = f"M {right} {start} C {bend} {start} {bend} {centre} {x + width} {centre}"
+        ET.SubElement(group, "path", {"d": path} | _wire(hue))
+        ET.SubElement(group, "path", {"d": f"M {x} {centre} H {left + 10}"} | _wire(hue))
+        tip = f"{left + 1},{centre} {left + 12},{centre - 5} {left + 12},{centre + 5}"
+        ET.SubElement(group, "polygon", {"points": tip} | palette.painted(f"mark-{hue}"))
+        _draw_label(group, label, (x, centre - height // 2, width, height), hue)
+    y = centres[0] - heights[0] // 2 - 9
+    _text(group, _stone(stone), form.width // 2, y, size=SMALL, anchor="middle", weight="600")
+    return bottom
 
 
-def _draw_label(group: ET.Element, stone: Stone, middle: int, outline: str) -> None:
-    lines = _wrapped(str(stone), LABEL - 24)
-    height = (len(lines) + 1) * LINE + 12
-    top = middle - height // 2
-    _rectangle(group, LABEL_X, top, LABEL, height, ("#ffffff", outline), radius=18)
-    centre = LABEL_X + LABEL // 2
+def _draw_below(
+    group: ET.Element,
+    stone: Stone,
+    ends: Sequence[Sequence[End]],
+    top: int,
+    hue: str,
+    form: Form,
+) -> int:
+    """All adapters in one label under the tensors that they join."""
+    y = top + STEP // 2
+    bottoms = []
+    for column, tensors in zip(form.columns, ends, strict=True):
+        _line(group, "flow", _rail(column, form), top, y)
+        bottoms.append(_draw_tensor(group, tensors, column, y, hue, form))
+    inset = form.margin + 26
+    width = form.width - 2 * inset
+    lines = [line for spec in stone.adapters for line in _steps(spec, width - 20)]
+    label, height = max(bottoms) + STEP, (len(lines) + 1) * LINE + 10
+    teacher, student = (x + form.column // 2 for x in form.columns)
+    for x, start, end in ((teacher, label, bottoms[0]), (student, bottoms[1], label)):
+        way = 1 if end > start else -1
+        ET.SubElement(group, "path", {"d": f"M {x} {start} V {end - 8 * way}"} | _wire(hue))
+        tip = f"{x},{end - way} {x - 5},{end - 11 * way} {x + 5},{end - 11 * way}"
+        ET.SubElement(group, "polygon", {"points": tip} | palette.painted(f"mark-{hue}"))
+    _draw_label(group, [_stone(stone), *lines], (inset, label, width, height), hue, titled=True)
+    for column, bottom in zip(form.columns, bottoms, strict=True):
+        _line(group, "flow", _rail(column, form), bottom, label + height)
+    return label + height
+
+
+def _stone(stone: Stone) -> str:
+    return f"stone {stone.depth} · weight {units.weight(stone.weight)}"
+
+
+def _steps(spec: AdapterSpec, room: int) -> list[str]:
+    """What the adapter does, broken after a step rather than within one."""
+    most = int(room / (SMALL * CHARACTER))
+    steps = str(spec).split(", ")
+    tied = [step.replace(" ", _TIED) if len(step) < most else step for step in steps]
+    lines = _wrapped(", ".join(tied), room, SMALL, CHARACTER)
+    return [line.replace(_TIED, " ") for line in lines]
+
+
+def _source(spec: AdapterSpec, tensors: Sequence[End]) -> int:
+    """Which of the student's tensors the adapter reads."""
+    return [end.name for end in tensors].index(units.printable(spec.source.name))
+
+
+def _draw_tensor(
+    group: ET.Element, tensors: Sequence[End], x: int, top: int, hue: str, form: Form
+) -> int:
+    """Name and layout of tensors at a cut: on one line each where the column is wide."""
+    lines = 2 * len(tensors) if form.is_narrow else len(tensors)
+    height = lines * LINE + 10
+    _rectangle(group, f"port-{hue}", x, top, form.column, height, radius=5)
+    left, right, y = x + 10, x + form.column - 10, top + 18
+    for end in tensors:
+        if form.is_narrow:
+            _name(group, end.name, left, y, right - left, size=SMALL, role="faint")
+            y += LINE
+            _text(group, end.layout, left, y, size=12)
+        else:
+            room = right - left - 12 - round(len(end.layout) * SMALL * BOLD)
+            _name(group, end.name, left, y, room, size=SMALL)
+            _text(group, end.layout, right, y, size=SMALL, anchor="end", weight="600")
+        y += LINE
+    return top + height
+
+
+def _draw_label(
+    group: ET.Element,
+    lines: Sequence[str],
+    place: tuple[int, int, int, int],
+    hue: str,
+    *,
+    titled: bool = False,
+) -> None:
+    x, top, width, height = place
+    box = ET.SubElement(group, "g", {"class": "adapter"})
+    _rectangle(box, f"card-{hue}", x, top, width, height, radius=14)
+    y = top + (height - len(lines) * LINE) // 2 + 13
     for number, line in enumerate(lines):
-        _text(group, line, centre, top + 19 + number * LINE, size=SMALL, anchor="middle")
-    text = f"stone {stone.depth} · weight {units.weight(stone.weight)}"
-    y = top + 19 + len(lines) * LINE
-    _text(group, text, centre, y, size=SMALL, anchor="middle", weight="600")
+        weight = "600" if titled and number == 0 else "400"
+        at = (x + width // 2, y + number * LINE)
+        _text(box, line, *at, size=SMALL, anchor="middle", weight=weight)
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    """``text`` on one line, or on two: parted at its comma, or else near its middle."""
-    if len(text) * SMALL * CHARACTER <= width:
-        return [text]
-    if ", " in text:
-        first, rest = text.split(", ", 1)
-        return [f"{first},", rest]
-    breaks = [index for index, character in enumerate(text) if character == " "]
-    middle = min(breaks, key=lambda index: abs(index - len(text) / 2))
-    return [text[:middle], text[middle + 1 :]]
+def _rail(x: int, form: Form) -> int:
+    """Where the flow of a column runs down: on a narrow page at its outer edge, past the labels."""
+    inset = 12 if form.is_narrow else 30
+    return (
+        x + inset if x == form.margin else x + form.column - inset if form.is_narrow else x + inset
+    )
 
 
-def _terminal(svg: ET.Element, text: str, x: int, y: int) -> None:
-    """What goes into a model, or comes out of it."""
-    _rectangle(svg, x, y, 168, INPUT_HEIGHT, ("#ffffff", "#9ca3af"), radius=INPUT_HEIGHT // 2)
-    _text(svg, text, x + 18, y + 20, size=SMALL)
+# strokes and text ────────────────────────────────────────────────────────────────────────────────
+
+
+def _line(parent: ET.Element, role: str, x: int, start: int, end: int) -> None:
+    places = {"x1": x, "y1": start, "x2": x, "y2": end}
+    attributes = {name: str(value) for name, value in places.items()}
+    ET.SubElement(parent, "line", attributes | palette.painted(role) | {"stroke-width": "1.5"})
 
 
 def _flow(svg: ET.Element, x: int, start: int, end: int) -> None:
     """A short arrow downwards."""
-    line = {"x1": str(x), "y1": str(start), "x2": str(x), "y2": str(end - 7)}
-    ET.SubElement(svg, "line", line | _stroke("#6b7280", 1.5))
+    _line(svg, "flow", x, start, end - 7)
     points = f"{x},{end - 1} {x - 4},{end - 9} {x + 4},{end - 9}"
-    ET.SubElement(svg, "polygon", {"points": points, "fill": "#6b7280"})
+    ET.SubElement(svg, "polygon", {"points": points} | palette.painted("flow"))
+
+
+def _wire(hue: str) -> dict[str, str]:
+    return palette.painted(f"wire-{hue}") | {"stroke-width": "2"}
 
 
 def _rectangle(
-    parent: ET.Element,
-    x: int,
-    y: int,
-    width: int,
-    height: int,
-    colour: tuple[str, str],
-    *,
-    radius: int = 0,
-) -> None:
+    parent: ET.Element, role: str, x: int, y: int, width: int, height: int, *, radius: int = 0
+) -> ET.Element:
     place = {"x": x, "y": y, "width": width, "height": height, "rx": radius}
     attributes = {name: str(value) for name, value in place.items()}
-    fill, stroke = colour
-    ET.SubElement(parent, "rect", attributes | {"fill": fill, "stroke": stroke})
+    return ET.SubElement(parent, "rect", attributes | palette.painted(role))
 
 
-def _stroke(colour: str, width: float) -> dict[str, str]:
-    return {"stroke": colour, "stroke-width": f"{width:g}"}
+def _wrapped(text: str, room: int, size: float, wide: float) -> list[str]:
+    """``text`` in lines of at most ``room`` pixels."""
+    return wrap(text, int(room / (size * wide)), break_on_hyphens=False)
 
 
 def _name(
-    parent: ET.Element, name: str, x: int, y: int, room: int, *, size: float, weight: str = "400"
+    parent: ET.Element,
+    name: str,
+    x: int,
+    y: int,
+    room: int,
+    *,
+    size: float,
+    weight: str = "400",
+    role: str = "ink",
 ) -> None:
     """A name shortened to the room it has; then the whole name is its title."""
     wide = CHARACTER if weight == "400" else BOLD
     shown = units.middle_cut(name, int(room / (size * wide)))
-    element = _text(parent, shown, x, y, size=size, weight=weight)
+    element = _text(parent, shown, x, y, size=size, weight=weight, role=role)
     if shown != name:
         ET.SubElement(element, "title").text = units.printable(name)
 
@@ -310,11 +423,11 @@ def _text(
     y: int,
     *,
     size: float = BODY,
-    fill: str = INK,
+    role: str = "ink",
     weight: str = "400",
     anchor: str = "start",
 ) -> ET.Element:
-    attributes = {"x": str(x), "y": str(y), "font-size": f"{size:g}", "fill": fill}
+    attributes = {"x": str(x), "y": str(y), "font-size": f"{size:g}"} | palette.painted(role)
     if weight != "400":
         attributes["font-weight"] = weight
     if anchor != "start":

@@ -7,29 +7,45 @@ from html import escape
 from typing import Any
 
 from kdsurgeon.stones import Certificate, Forecast, Plan
-from kdsurgeon.views import units
-from kdsurgeon.views.blocks import describe_blocks
+from kdsurgeon.views import palette, units
+from kdsurgeon.views.blocks import BlockFacts, describe_blocks
 from kdsurgeon.views.charts import line_chart
-from kdsurgeon.views.drawing import draw_plan
-from kdsurgeon.views.tables import Accuracies, accuracy_rows, closing_lines, size_rows
+from kdsurgeon.views.drawing import NARROW, draw_plan
+from kdsurgeon.views.tables import Accuracies, accuracy_rows, closing_lines, evidence_of
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #111827;
-       background: #fff; max-width: 1130px; margin: 2rem auto; padding: 0 1.25rem; }
+_STYLE = (
+    """
+:root { color-scheme: light dark; --page: #fff; --ink: #111827; --faint: #4b5563; --line: #d8dce3;
+        --soft: #f3f4f6; }
+@media (prefers-color-scheme: dark) { :root { --page: #0f141b; --ink: #e8ebf0; --faint: #a9b3c1;
+        --line: #2b3442; --soft: #1a212c; } }
+body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: var(--ink);
+       background: var(--page); max-width: 1120px; margin: 2rem auto; padding: 0 24px; }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
 svg { max-width: 100%; height: auto; display: block; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; }
-th { border-bottom: 2px solid #d1d5db; font-weight: 600; }
-td { border-bottom: 1px solid #e5e7eb; }
+.wide { margin: 0 -24px; } .wide svg { width: 100%; }
+.narrow { display: none; }
+.table, .drawing { overflow-x: auto; }
+.drawing svg { min-width: 800px; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top;
+         white-space: pre-line; }
+th { border-bottom: 2px solid var(--line); font-weight: 600; }
+td { border-bottom: 1px solid var(--line); }
 .number { text-align: right; }
-pre { background: #f3f4f6; padding: .9rem 1rem; border-radius: 6px; overflow-x: auto;
+pre { background: var(--soft); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto;
       font-size: 13px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: .5rem 0; }
-dt { color: #4b5563; } dd { margin: 0; }
+dt { color: var(--faint); } dd { margin: 0; }
+@media (max-width: 860px) {
+  body { margin: 1rem auto; padding: 0 .9rem; } h1 { font-size: 1.2rem; }
+  .wide { display: none; } .narrow { display: block; }
+  .narrow svg { width: 100%; max-width: 520px; margin: 0 auto; }
+}
 """
+    + palette.DARK
+)
 
 
 def plan_page(plan: Plan, forecast: Forecast, certificate: Certificate | None = None) -> str:
@@ -37,14 +53,14 @@ def plan_page(plan: Plan, forecast: Forecast, certificate: Certificate | None = 
     title = f"{plan.teacher.trace.name} → {plan.student.trace.name}"
     return _page(
         title,
-        _facts(closing_lines(forecast, certificate)),
-        draw_plan(plan, forecast),
-        "<h2>Sizes</h2>",
-        _table(("", "teacher", "student", "ratio"), size_rows(plan), words=1),
+        _facts(closing_lines(plan, forecast, certificate)),
+        f'<div class="wide">{draw_plan(plan, forecast)}</div>',
+        f'<div class="narrow">{draw_plan(plan, forecast, form=NARROW)}</div>',
         "<h2>Blocks</h2>",
         _blocks(plan),
         "<h2>Why these boundaries</h2>",
         _evidence(plan),
+        *(f"<p>Relaxed: {escape(wish)}.</p>" for wish in plan.alignment.relaxed),
     )
 
 
@@ -77,7 +93,7 @@ def run_report(
         header = (f"on {final.samples:,} samples", "accuracy", "agrees with teacher")
         parts += ["<h2>At the end</h2>", _table(header, accuracy_rows(final), words=1)]
     if plan_svg is not None:
-        parts += ["<h2>Plan</h2>", plan_svg]
+        parts += ["<h2>Plan</h2>", f'<div class="drawing">{plan_svg}</div>']
     if epochs:
         parts += ["<h2>Epochs</h2>", _epochs(epochs)]
     parts += ["<h2>Configuration</h2>", f"<pre>{escape(config)}</pre>"]
@@ -162,44 +178,44 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _blocks(plan: Plan) -> str:
-    header = ("block", "teacher ends at", "shape", "compute", "adapter", "student ends at")
-    header += ("shape", "compute", "stone weight")
+    header = ("block", "teacher ends at", "shape", "compute", "student ends at", "shape", "compute")
+    header += ("adapter", "weight")
     sides = (describe_blocks(partition) for partition in (plan.teacher, plan.student))
     rows = []
     for left, right, stone in zip(*sides, [*plan.stones, None], strict=True):
         rows.append(
             (
                 left.label,
-                left.end,
-                units.shape(left.shape),
-                units.compute(left.share),
-                str(stone) if stone else "",
-                right.end,
-                units.shape(right.shape),
-                units.compute(right.share),
+                *_block_cells(left),
+                *_block_cells(right),
+                "\n".join(map(str, stone.adapters)) if stone else "",
                 units.weight(stone.weight) if stone else "",
             )
         )
-    return _table(header, rows, words=9)
+    return _table(header, rows, words=8)
+
+
+def _block_cells(block: BlockFacts) -> tuple[str, str, str]:
+    names, layouts = zip(*block.ends, strict=True)
+    return "\n".join(names), "\n".join(layouts), units.compute(block.share)
 
 
 def _evidence(plan: Plan) -> str:
-    terms = list(dict.fromkeys(t for pair in plan.alignment.boundaries for t in pair.evidence))
-    header = ("boundary", "runner-up: teacher", "student", *terms, "cost", "runner-up adds")
+    header = ("boundary", "cost", "of it", "next best: teacher", "student", "adds")
     rows = []
     for depth, pair in enumerate(plan.alignment.boundaries, start=1):
         other = pair.runner_up
         rows.append(
             (
                 str(depth),
-                str(other.teacher) if other else "none",
-                str(other.student) if other else "",
-                *(f"{pair.evidence.get(term, 0.0):.3f}" for term in terms),
                 f"{pair.cost:.3f}",
+                evidence_of(pair),
+                "\n".join(other.teacher.names) if other else "none",
+                "\n".join(other.student.names) if other else "",
                 f"{other.extra_cost:+.3f}" if other else "",
             )
         )
-    return _table(header, rows, words=3)
+    return _table(header, rows, words=5)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int) -> str:
@@ -207,7 +223,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int) 
 
     def line(tag: str, cells: Sequence[str]) -> str:
         kinds = ["" if index < words else ' class="number"' for index in range(len(cells))]
-        inner = (f"<{tag}{k}>{escape(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True))
+        inner = (f"<{tag}{k}>{_tied(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True))
         return f"<tr>{''.join(inner)}</tr>"
 
     body = "\n".join(line("td", row) for row in rows)
@@ -216,6 +232,16 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int) 
         f'<div class="table"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n'
         "</table></div>"
     )
+
+
+def _tied(cell: str) -> str:
+    """A cell that breaks after a comma and before a plus only, not between a word and its number.
+
+    >>> _tied("progress 0.1 + kind 0.2").split(" ")
+    ['progress&nbsp;0.1', '+&nbsp;kind&nbsp;0.2']
+    """
+    text = escape(cell).replace(" ", "&nbsp;")
+    return text.replace(",&nbsp;", ", ").replace("&nbsp;+", " +")
 
 
 def _facts(facts: Mapping[str, str]) -> str:

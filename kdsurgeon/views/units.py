@@ -59,15 +59,18 @@ def percent(share: float | None, digits: int = 1) -> str:
     return UNKNOWN if share is None else f"{100 * share:.{digits}f} %"
 
 
-def compute(share: float) -> str:
+def compute(share: float, digits: int = 0) -> str:
     """A share of compute; neither rounded down to nothing nor up to everything.
 
-    >>> compute(0.124), compute(0.001), compute(0.999), compute(1.0)
-    ('12 %', '<1 %', '>99 %', '100 %')
+    >>> compute(0.124), compute(0.001), compute(0.999), compute(1.0), compute(0.9999, 1)
+    ('12 %', '<1 %', '>99 %', '100 %', '>99.9 %')
     """
-    if 0 < share < 0.005:
-        return "<1 %"
-    return ">99 %" if 0.995 <= share < 1 else percent(share, 0)
+    least = 0.01 / 10**digits
+    if 0 < share < least / 2:
+        return f"<{percent(least, digits)}"
+    return (
+        f">{percent(1 - least, digits)}" if 1 - least / 2 <= share < 1 else percent(share, digits)
+    )
 
 
 def ratio(teacher: float, student: float) -> str:
