@@ -16,15 +16,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+from kdsurgeon import partition
 from kdsurgeon.checkpoints import load_model
 from kdsurgeon.cli import main
 from kdsurgeon.demo import build
+from kdsurgeon.errors import AlignmentError, PlanError, TraceError
 from kdsurgeon.runs import Run, read_checkpoint, read_metrics
 
 DIGITS = ("--data-dir", "digits")
 QUICK = (*DIGITS, "--epochs", "1", "--batch-size", "256")
 
 NETS = '''
+import torch
 from torch import nn
 
 
@@ -44,13 +47,54 @@ class Net(nn.Module):
         if self.kind == "two":
             return logits.reshape(2, 10)
         kinds = {"logits": logits, "dict": {"logits": logits}, "tuple": (logits, features)}
-        return (kinds | {"map": features, "vector": logits.sum(-1)})[self.kind]
+        kinds |= {"map": features, "vector": logits.sum(-1), "class": logits.argmax(1)}
+        return (kinds | {"nothing": None, "text": "cat"})[self.kind]
 
 
 class Branches(Net):
     def forward(self, x):
         logits = super().forward(x)
         return -logits if logits.sum() > 0 else logits
+
+
+class Reads(Net):
+    def forward(self, x):
+        return super().forward(x) * float(x.max())
+
+
+class Picks(Net):
+    def forward(self, x):
+        features = self.body(self.stem(x))
+        return super().forward(x) + features[features > 0].mean()
+
+
+class Overwrites(Net):
+    def forward(self, x):
+        return super().forward(x.mul_(2))
+
+
+class TwoInputs(Net):
+    def forward(self, image, age):
+        return super().forward(image) + age[:, :1]
+
+
+class Vectors(nn.Module):
+    """Sees no places: its image is a vector from the start."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def half():
+    return Net().half()
+
+
+def lazy():
+    return nn.Sequential(nn.LazyConv2d(8, 3), nn.Flatten(), nn.LazyLinear(10))
 
 
 def broken():
@@ -378,7 +422,7 @@ def test_control_characters_never_reach_the_terminal(refused):
     [
         *product(["map", "vector"], ["teacher", "student", "export", "eval"]),
         *product(["dict", "tuple"], ["export"]),
-        ("vector", "inspect"),
+        *product(["vector", "class", "nothing", "text"], ["inspect"]),
     ],
 )
 def test_a_model_that_gives_anything_but_logits_is_refused(kind, verb, refused):
@@ -398,12 +442,61 @@ def test_a_model_that_gives_anything_but_logits_is_refused(kind, verb, refused):
 def test_a_model_for_one_batch_size_only_is_refused(verb, refused):
     net = "py:nets.py:Net,kind=two"
     rest = {"partition": ["student.pt", "--input-size", "1,8,8"], "eval": DIGITS}[verb]
-    refused([verb, net, *rest], 2, "does not take 3 images of 1×8×8", "batch size must stay free")
+    refused([verb, net, *rest], 2, "does not take 3 samples of 1×8×8", "batch size must stay free")
 
 
-def test_a_model_that_branches_on_values_is_refused_with_its_line(refused):
-    arguments = ["partition", "py:nets.py:Branches", "student.pt", "--input-size", "1,8,8"]
-    refused(arguments, 2, "branches on the values of a tensor", "nets.py:", "fix:")
+@pytest.mark.parametrize(
+    "net, what",
+    [
+        ("Branches", "the model branches on the values of a tensor"),
+        ("Reads", "the model turns into Python numbers the values of a tensor"),
+        ("Picks", "the shape of a tensor depends on the values of another"),
+    ],
+)
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_a_model_that_depends_on_values_is_refused_with_its_line(side, net, what, refused):
+    net = f"py:nets.py:{net}"
+    pair = [net, "student.pt"] if side == "teacher" else ["teacher.pt", net]
+    arguments = ["partition", *pair, "--input-size", "1,8,8", "-o", "plan.yaml"]
+    refused(arguments, 2, what, "where:", "nets.py:", "move the decision out of forward")
+
+
+@pytest.mark.parametrize(
+    "net, why, fix",
+    [
+        ("half", "Input type (float)", "weights are float16: give inputs of float16"),
+        ("lazy", "initialize_parameters", "run the model once on real inputs first"),
+        ("TwoInputs", "'age'", 'give them by name: {"image": …, "age": …}'),
+    ],
+)
+def test_a_model_that_cannot_run_on_images_alone_is_told_what_it_needs(net, why, fix, refused):
+    arguments = ["inspect", f"py:nets.py:{net}", "--input-size", "1,8,8"]
+    refused(arguments, 2, "does not accept an input of shape 1×8×8 in float32", why, fix)
+
+
+def test_a_pair_without_a_boundary_in_common_is_offered_plain_distillation(refused, capsys):
+    pair = ["teacher.pt", "py:nets.py:Vectors"]
+    words = ("teacher and Vectors have no boundary in common", "map at its cut points", "vector at")
+    refused(["partition", *pair], 2, *words, "plain distillation instead: --method kd")
+    refused(["distill", *pair, *QUICK], 2, *words, "plain distillation instead: --method kd")
+    assert main(["distill", *pair, *QUICK, "--method", "kd", "-o", "new"]) == 0
+    assert "student/last.safetensors" in capsys.readouterr().out
+
+
+def test_a_model_that_overwrites_its_input_is_no_bad_input(capsys):
+    arguments = ["partition", "teacher.pt", "py:nets.py:Overwrites", "--input-size", "1,8,8"]
+    assert main(arguments) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple"])
+def test_logits_inside_of_a_dict_or_a_tuple_are_found(kind, capsys):
+    net = f"py:nets.py:Net,kind={kind}"
+    assert main(["inspect", net, "--input-size", "1,8,8"]) == 0
+    shown = capsys.readouterr().out
+    assert ("lost in the trace: outputs other than 0: 1" in shown) == (kind == "tuple")
+    assert main(["partition", "teacher.pt", net, "--input-size", "1,8,8"]) == 0
+    assert main(["distill", "teacher.pt", net, *QUICK, "-o", "new"]) == 0
+    assert main(["eval", net, *DIGITS]) == 0
 
 
 @pytest.mark.parametrize(
@@ -463,6 +556,124 @@ def test_a_teacher_near_chance_stops_the_run(refused):
     refused(arguments, 5, "near chance (10.0%)", "check the teacher file", "--mean")
 
 
+IMAGES = torch.zeros(2, 1, 8, 8)
+
+
+class TwoInputs(nn.Module):
+    """Reads an image and two numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, image, age):
+        return self.head(self.body(self.stem(image) + age[:, :1, None, None]).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "example, words",
+    [
+        ({"image": IMAGES}, ("does not accept inputs of shapes 1×8×8 (image)", "image, age")),
+        (IMAGES, ("does not accept an input", '{"image": …, "age": …}')),
+        ({"image": IMAGES, "ago": IMAGES}, ("no input called ago", 'did you mean "age"?')),
+        ({"image": IMAGES, "x": IMAGES}, ("no input called x", "takes: image, age")),
+        ({"image": IMAGES, "age": 3}, ("age in the example input", "of type int, not a tensor")),
+        ({}, ("is empty", "takes: image, age")),
+        ((IMAGES, IMAGES), ("is a tuple of 2 values", "several as {name: tensor}")),
+        (None, ("is nothing", "give one batch as a tensor")),
+    ],
+)
+def test_inputs_that_are_missing_or_misnamed_are_named(example, words):
+    with pytest.raises(TraceError) as error:
+        partition(TwoInputs(), TwoInputs(), example)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "example, words",
+    [
+        (IMAGES[0], ("input of shape 8×8 in float32", "the first axis counts the samples")),
+        (IMAGES.double(), ("1×8×8 in float64", "weights are float32: give inputs of float32")),
+        (IMAGES.long(), ("1×8×8 in int64", "weights are float32: give inputs of float32")),
+        (IMAGES.expand(2, 3, 8, 8), ("3×8×8 in float32", "--input-size C,H,W")),
+    ],
+)
+def test_an_example_of_another_shape_or_dtype_is_refused(example, words):
+    layers = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    net = nn.Sequential(*layers)
+    with pytest.raises(TraceError) as error:
+        partition(net, build("student"), example)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "pairs, words",
+    [
+        (
+            [("pool", "pool"), ("stem.2", "stem.2")],
+            ("boundaries of teacher cross", "stem.2 does not"),
+        ),
+        ([("pool", "pool"), ("pool", "pool")], ("boundaries of teacher cross", "input to logits")),
+        ([("stages.0.conv1", "stem.2")], ("cannot be cut at stages.0.conv1", "still needed there")),
+        ([("stages.0.relu_1", "pool"), ("pool", "stem.2")], ("boundaries of student cross",)),
+    ],
+)
+def test_named_pairs_that_cannot_be_boundaries_are_refused(pairs, words):
+    with pytest.raises(PlanError) as error:
+        partition(build("teacher"), build("student"), IMAGES, pairs=pairs)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_models_of_different_classes_are_both_counted():
+    with pytest.raises(AlignmentError) as error:
+        partition(build("teacher"), build("student", num_classes=7), IMAGES)
+    assert "teacher has 10 classes, student has 7." in str(error.value)
+    assert "num_classes=10" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags, what, fix",
+    [
+        (["--budget", "0.5x"], "--budget 0.5x is not a multiple", "--budget 1.5x"),
+        (["--budget", "nan"], "--budget nan is not a multiple", "--budget 1.5x"),
+        (["--budget", "cheap"], "--budget cheap is not a multiple", "--budget 1.5x"),
+        (["--budget", "1.0001"], "no stone fits a budget of 1.0001 ×", "--method kd"),
+        (["--adapter-parameters", "0"], "--adapter-parameters", "--help"),
+        (["--adapter-parameters", "7"], "has as few as 7 parameters", "or more"),
+        (["--probe", "16"], "--probe compares the models on images", "--data-dir"),
+        (["--probe", "7", *DIGITS], "--probe", "--help"),
+        (["--probe", "99999", *DIGITS], "--probe 99,999 asks for more images", "1347 or fewer"),
+        (["--probe", "8", *DIGITS, "--pair", "pool=pool"], "does not go with --pair", "leave out"),
+        (["--probe", "8", *DIGITS, "--plan", "plan.yaml"], "does not go with --plan", "leave out"),
+        (
+            ["--adapter-parameters", "99", "--plan", "plan.yaml"],
+            "--plan and --adapter-parameters exclude each other",
+            "edit adapter and rank there",
+        ),
+    ],
+)
+def test_wishes_for_a_plan_that_cannot_be_met_are_refused(flags, what, fix, refused):
+    refused(["partition", *PAIR, *flags, "-o", "new.yaml"], 2, what, fix)
+
+
+@pytest.mark.parametrize(
+    "flags, what",
+    [
+        (["--budget", "0.5x"], "--budget 0.5x is not a multiple"),
+        (["--budget", "1.0001"], "no stone fits a budget of 1.0001 ×"),
+        (["--budget", "2x", "--stones", "last-2"], "--budget and --stones exclude each other"),
+        (["--set", "budget=0.5"], "budget must be a number of 1 or more"),
+    ],
+)
+def test_a_run_with_an_impossible_budget_is_refused(flags, what, refused):
+    refused(["distill", *PAIR, *QUICK, *flags, "-o", "new"], 2, what)
+
+
 @pytest.mark.parametrize(
     "old, new, what",
     [
@@ -473,6 +684,11 @@ def test_a_teacher_near_chance_stops_the_run(refused):
         ("weight: 0.25", "weight: heavy", "the weight of boundary 2 is 'heavy'"),
         ("weight: 0.25", "weight: .nan", "the weight of boundary 2 is nan"),
         ("adapter: conv", "adapter: cnov", 'did you mean "conv"?'),
+        ("adapter: conv", "adapter: [conv, conv]", "boundary 1 needs 1 adapters"),
+        ("adapter: conv", "rank: 0", "the rank of boundary 1 is 0"),
+        ("adapter: conv", "rnak: 3", 'did you mean "rank"?'),
+        ("teacher: stages.0.relu_1", "teacher: stages.2.relu_1", "boundaries of teacher cross"),
+        ("teacher: stages.1.relu_1", "teacher: stages.1.conv1", "cannot be cut at stages.1.conv1"),
         ("boundaries:", "boundaries: [", "not valid YAML"),
     ],
 )
@@ -487,6 +703,11 @@ def test_a_plan_edited_by_mistake_is_refused(old, new, what, refused, trained, c
 def test_a_plan_for_other_models_is_refused(refused, trained):
     other = ["distill", "teacher.pt", "py:nets.py:Net", *QUICK, "--plan", trained / "plan.yaml"]
     refused(other, 2, "plan.yaml was made for another student", "kdsurgeon partition")
+
+
+def test_a_plan_for_images_of_another_size_is_refused(refused, trained):
+    larger = ["partition", *PAIR, "--input-size", "1,16,16", "--plan", trained / "plan.yaml"]
+    refused(larger, 2, "made for another teacher", "images of another size", "make a new plan")
 
 
 def test_a_plan_and_a_number_of_blocks_exclude_each_other(refused, trained):

@@ -21,6 +21,7 @@ from kdsurgeon.cli import main
 from kdsurgeon.data import load
 from kdsurgeon.demo import build
 from kdsurgeon.runs import read_metrics
+from kdsurgeon.stones import Certificate
 
 VERBS = get_command(application.app).commands
 PAIR = ("teacher.pt", "student.pt")
@@ -211,6 +212,111 @@ def test_a_plan_can_be_checked_again_and_a_boundary_named(tell):
     assert again.split() == first.split()[: len(again.split())]
     named = tell("partition", *PAIR, "--pair", "stages.1.relu_1=stages.1.relu_1", "-o", "p.yaml")
     assert "stages.1.relu_1" in named and "stages.2.relu_1" not in named
+
+
+def test_every_cut_point_is_listed_when_asked_for(tell):
+    short, whole = tell("inspect", "teacher.pt"), tell("inspect", "teacher.pt", "--all")
+    assert "stem.0" in whole and "stem.0" not in short
+    assert "the rest with --all" in short and "--all" not in whole
+
+
+def stones_of(plan):
+    """The depths that have a weight, from a plan file."""
+    weights = re.findall(r"^    weight: (\S+)", Path(plan).read_text(), flags=re.MULTILINE)
+    return [depth for depth, weight in enumerate(weights, start=1) if float(weight) > 0]
+
+
+def test_a_budget_keeps_the_deepest_stones_that_it_allows(tell):
+    for budget, depths in (("1.5x", [3, 4]), ("1.1", [4]), ("99x", [1, 2, 3, 4])):
+        shown = tell("partition", *PAIR, "--budget", budget, "-o", "plan.yaml")
+        ratio = float(shown.split("one step costs ")[1].split()[0])
+        assert 1 < ratio <= float(budget.rstrip("x"))
+        assert stones_of("plan.yaml") == depths
+
+
+def test_a_run_within_a_budget_trains_the_stones_that_its_plan_keeps(tell):
+    quick = (*DIGITS, "--epochs", "1", "--batch-size", "256")
+    shown = tell("distill", *PAIR, *quick, "--budget", "1.5x", "-o", "asked")
+    assert "one step costs 1.34 ×" in shown
+    assert "CE(N3, y)" in shown and "CE(N2, y)" not in shown
+    assert stones_of("asked/plan.yaml") == [3, 4]
+    assert "budget: 1.5" in Path("asked/config.yaml").read_text()
+    tell("partition", *PAIR, "--budget", "1.5x", "-o", "plan.yaml")
+    tell("distill", *PAIR, *quick, "--plan", "plan.yaml", "-o", "planned")
+    assert Path("planned/plan.yaml").read_bytes() == Path("asked/plan.yaml").read_bytes()
+    students = [load_model(f"{run}/student/last.safetensors").model for run in ("asked", "planned")]
+    one, other = (list(student.state_dict().values()) for student in students)
+    assert all(map(torch.equal, one, other))
+    shown = tell("eval", "asked")
+    assert "stone 3" in shown and "stone 2" not in shown
+    assert "nothing is left to train" in tell("distill", "--resume", "asked")
+
+
+def test_adapters_become_narrower_under_a_limit_and_the_plan_says_so(tell):
+    shown = tell("partition", *PAIR, "--adapter-parameters", "1000", "-o", "plan.yaml")
+    assert "conv 1×1 32→4→128 + ReLU" in shown
+    text = Path("plan.yaml").read_text()
+    assert "rank: 4" in text
+    assert "32→4→128" in tell("partition", *PAIR, "--plan", "plan.yaml", "-o", "again.yaml")
+    assert Path("again.yaml").read_text() == text
+
+
+def test_models_are_compared_on_images_when_asked_to(tell):
+    assert "dissimilarity" not in tell("partition", *PAIR, "--explain")
+    probed = ("partition", *PAIR, *DIGITS, "--probe", "70", "--explain")
+    shown = tell(*probed)
+    assert shown.count("dissimilarity") == 4
+    assert tell(*probed) == shown
+
+
+def test_a_probe_reads_images_of_the_size_that_is_traced(tell):
+    shown = tell("partition", *PAIR, *DIGITS, "--probe", "8", "--input-size", "1,16,16")
+    assert "resized from 8×8×1 to 16×16×1" in shown
+    assert "32×16×16" in shown
+
+
+def test_the_certificate_is_kept_with_the_plan(tell):
+    tell("partition", *PAIR, "-o", "plan.yaml")
+    _, proof = Path("plan.yaml").read_text().split("certificate:\n")
+    numbers = dict(line.strip().split(": ") for line in proof.splitlines())
+    assert set(numbers) == set(Certificate.__dataclass_fields__)
+    assert numbers["stones"] == "4"
+    exact = set(numbers) - {"merged", "stones"}
+    assert {float(numbers[name]) for name in exact} == {0.0}
+
+
+TOKENS = """
+import torch
+from torch import nn
+
+
+class Patches(nn.Module):
+    \"\"\"A small vision transformer: a class token before the patches.\"\"\"
+
+    def __init__(self, width=16, num_classes=10):
+        super().__init__()
+        self.embed = nn.Conv2d(1, width, 2, 2)
+        self.first = nn.Parameter(torch.zeros(1, 1, width))
+        layer = nn.TransformerEncoderLayer(width, 2, 2 * width, 0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = self.layers(torch.cat([self.first.expand(len(x), -1, -1), x], 1))
+        return {"logits": self.head(x[:, 0])}
+"""
+
+
+def test_a_transformer_and_a_convolutional_network_teach_each_other(tell):
+    Path("tokens.py").write_text(TOKENS)
+    tokens = "py:tokens.py:Patches"
+    size = ("--input-size", "1,8,8")
+    assert "tokens→map 4×4" in tell("partition", "teacher.pt", tokens, *size)
+    assert "map→tokens" in tell("partition", tokens, "student.pt", *size, "-o", "plan.yaml")
+    quick = ("--epochs", "1", "--batch-size", "256", "-o", "run")
+    assert "epoch 1/1" in tell("distill", "teacher.pt", tokens, *DIGITS, *quick)
+    assert "stone 1" in tell("eval", "run")
 
 
 def test_what_is_installed_is_listed_with_where_it_comes_from(tell):
@@ -424,6 +530,7 @@ def test_every_flag_that_a_message_advises_exists():
     source = "".join(
         path.read_text(encoding="utf-8") for path in Path(kdsurgeon.__file__).parent.rglob("*.py")
     )
+    source = re.sub(r"--[a-z]+(?=:)|var\(--[a-z]+", "", source)  # variables of style sheets
     advised = set(re.findall(r"""(?<=[\s"'`(])--[a-z][a-z0-9-]+""", source))
     known = {name for verb in VERBS.values() for parameter in verb.params
              for name in (*parameter.opts, *parameter.secondary_opts)}  # fmt: skip

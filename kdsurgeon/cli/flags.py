@@ -68,9 +68,9 @@ def parse_budget(text: str | None) -> float | None:
         ratio = 0.0
     if not 1 <= ratio < 1e6:
         raise UsageError(
-            f"--budget {text} is not a cost.",
-            why="it is what a step may cost, compared with plain distillation",
-            fix="--budget 1.5x, for example",
+            f"--budget {text} is not a multiple of what plain distillation costs.",
+            why="no step costs less than a step of plain distillation, which is 1x",
+            fix="e.g. --budget 1.5x",
         )
     return ratio
 

@@ -18,7 +18,7 @@ from kdsurgeon.data import Batches, Split
 from kdsurgeon.errors import ResourceError, UsageError
 from kdsurgeon.recipe import DataRecipe, RunConfig
 from kdsurgeon.stones import Plan, partition, read_plan, within_budget
-from kdsurgeon.tracing import call_model, find_logits, trace
+from kdsurgeon.tracing import call_model, find_logits, in_mode, trace
 
 Size = tuple[int, int, int]
 
@@ -104,15 +104,15 @@ def plan_for(
     return found
 
 
-def probe_images(count: int, source: str | None, teacher: Loaded) -> list[Tensor]:
-    """``count`` training images, normalised as the teacher wants them, in batches."""
-    if source is None:
-        raise UsageError("--probe needs images to show both models.", fix="--data-dir DIR")
-    split = load_data(data_settings(source, DataRecipe()), teacher.card)
-    if not 8 <= count <= len(split.train):
+def probe_images(count: int, source: str, teacher: Loaded, example: Tensor) -> list[Tensor]:
+    """``count`` training images as large as ``example``, normalised for the teacher, in batches."""
+    channels, height, width = example.shape[1:]
+    wishes = DataRecipe(input_size=(channels, height, width))
+    split = load_data(data_settings(source, wishes), teacher.card)
+    if count > len(split.train):
         raise UsageError(
-            f"--probe {count} is not possible with {source}.",
-            fix=f"8 to {len(split.train)} images",
+            f"--probe {count:,} asks for more images than {source} has to train on.",
+            fix=f"--probe {len(split.train)} or fewer",
         )
     found: list[Tensor] = []
     for images, _ in Batches(split.train, min(64, count), shuffle=True, seed=0):
@@ -186,17 +186,17 @@ def data_for(loaded: Loaded, settings: RunConfig) -> Split:
 
 
 def count_classes(loaded: Loaded, example: Tensor) -> int:
-    """How many logits the model gives for each image, tried on three of them.
+    """How many logits the model gives for each image, tried on three of them, in evaluation mode.
 
     Raises :class:`UsageError` when it fails or gives anything but one tensor of logits.
     """
-    images = example[:1].expand(3, *example.shape[1:])
+    images = example[:1].repeat(3, *[1 for _ in example.shape[1:]])
     try:
-        with torch.inference_mode():
+        with in_mode(loaded.model, training=False), torch.no_grad():
             found = call_model(loaded.model, images)
     except Exception as error:
         raise UsageError(
-            f"{loaded.name} does not take {len(images)} images of {_times(example.shape[1:])}.",
+            f"{loaded.name} does not take {len(images)} samples of {_times(example.shape[1:])}.",
             why=f"{type(error).__name__}: {error}".splitlines()[0],
             fix="--input-size C,H,W gives another size; the batch size must stay free",
         ) from error

@@ -18,6 +18,9 @@ def inspect(
     trust_code: flags.TrustCode = None,
     data_dir: flags.DataDir = None,
     input_size: flags.InputSize = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="every cut point, also where no boundary would be put")
+    ] = False,
 ) -> None:
     """Show the cut points of a model, their shapes and costs, and how it was captured."""
     from kdsurgeon.checkpoints import load_model
@@ -28,7 +31,7 @@ def inspect(
     size = flags.parse_size(input_size)
     loaded = load_model(model, arch=arch, trust=trust_code or (), flag="--arch")
     example = example_for([loaded], size, data_dir)
-    out.print(cut_points_table(trace(loaded.model, example, name=loaded.name)))
+    out.print(cut_points_table(trace(loaded.model, example, name=loaded.name), all=every))
 
 
 def partition(
@@ -48,7 +51,9 @@ def partition(
     ] = None,
     probe: Annotated[
         int | None,
-        typer.Option("--probe", metavar="N", help="compare both models on N images of --data-dir"),
+        typer.Option(
+            "--probe", metavar="N", min=8, help="compare both models on N images of --data-dir"
+        ),
     ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="check and show this plan instead of searching")
@@ -67,6 +72,21 @@ def partition(
         raise UsageError(
             "--plan, --pair and --blocks exclude each other.",
             fix="leave out --blocks: a plan and pairs already say how many there are",
+        )
+    if plan is not None and adapter_parameters is not None:
+        raise UsageError(
+            "--plan and --adapter-parameters exclude each other.",
+            fix="the plan says how its adapters are made: edit adapter and rank there",
+        )
+    if probe is not None and (plan is not None or pairs is not None):
+        raise UsageError(
+            f"--probe does not go with {'--plan' if plan is not None else '--pair'}.",
+            why="it helps to search for boundaries, and these are given",
+            fix="leave out --probe",
+        )
+    if probe is not None and data_dir is None:
+        raise UsageError(
+            "--probe compares the models on images, and none are named.", fix="--data-dir DIR"
         )
     from kdsurgeon.cli.inputs import (
         example_for,
@@ -89,7 +109,9 @@ def partition(
         blocks=count,
         pairs=pairs,
         max_adapter_parameters=adapter_parameters,
-        probe=probe_images(probe, data_dir, pair_of_models[0]) if probe is not None else None,
+        probe=probe_images(probe, data_dir, pair_of_models[0], example)
+        if probe and data_dir
+        else None,
     )
     if ratio is not None:
         found = within(found, ratio)

@@ -48,6 +48,7 @@ def distill(
     output: Annotated[str | None, typer.Option("--output", "-o", help="the run folder")] = None,
     plan: Annotated[str | None, typer.Option(help="a plan.yaml to follow")] = None,
     blocks: flags.Blocks = None,
+    budget: flags.Budget = None,
     stones: Annotated[
         str | None, typer.Option(metavar="all|last-K|drop-first|1,3", help="stones to train")
     ] = None,
@@ -99,12 +100,18 @@ def distill(
         from kdsurgeon.cli.session import resume_session
 
         return resume_session(resume, trust_code or ())
+    if budget is not None and stones is not None:
+        raise UsageError(
+            "--budget and --stones exclude each other.",
+            why="each of them chooses the stones to train",
+            fix="leave one out",
+        )
     overrides: dict[str, Any] = {_KEYS[name]: given[name] for name in given if name in _KEYS}
     spelled = {_KEYS[name]: _spelling(name, given[name]) for name in given if name in _KEYS}
     for name, text in (("teacher", teacher), ("student", student)):
         if text is not None:
             overrides[name], spelled[name] = text, name.upper()
-    for name, value in _parsed(blocks, stones, mean, std, input_size).items():
+    for name, value in _parsed(blocks, budget, stones, mean, std, input_size).items():
         overrides[name], spelled[name] = value, f"--{name.rpartition('.')[2].replace('_', '-')}"
     for text in set_ or []:
         key, value = parse_set(text)
@@ -127,6 +134,7 @@ def _spelling(name: str, value: Any) -> str:
 
 def _parsed(
     blocks: str | None,
+    budget: str | None,
     stones: str | None,
     mean: str | None,
     std: str | None,
@@ -135,6 +143,8 @@ def _parsed(
     found: dict[str, Any] = {}
     if blocks is not None:
         found["blocks"] = flags.parse_blocks(blocks)
+    if budget is not None:
+        found["budget"] = flags.parse_budget(budget)
     if stones is not None:
         depths = stones.split(",")
         is_list = all(depth.strip().isdecimal() for depth in depths)

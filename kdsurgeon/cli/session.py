@@ -30,7 +30,7 @@ from kdsurgeon.errors import Interrupted, ModelFileError, NumericsError, UsageEr
 from kdsurgeon.evaluation import Report, accuracy, evaluate
 from kdsurgeon.recipe import DataRecipe, RunConfig, read_config, write_yaml
 from kdsurgeon.runs import Run, check_is_free, environment
-from kdsurgeon.stones import Plan, SteppingStones, certify, forecast
+from kdsurgeon.stones import Certificate, Plan, SteppingStones, certify, forecast
 from kdsurgeon.training import Epoch, Step
 from kdsurgeon.views import accuracy_table, draw_plan, plan_table, run_report
 
@@ -101,6 +101,8 @@ def open_session(settings: RunConfig, trust: Sequence[str], plan: Path | None) -
     example = torch.zeros((2, *split.train.input_size), device=device)
     if settings.method == "block-kd":
         found = inputs.plan_for(teacher, student, example, plan=plan, blocks=settings.blocks)
+        if settings.budget is not None:
+            found = inputs.within(found, settings.budget)
     else:  # needs no cut
         found = inputs.plan_for(teacher, student, example, plan=None, blocks=0)
     inputs.check_classes(teacher, found.teacher.trace.num_classes, split)
@@ -113,13 +115,13 @@ def start_session(settings: RunConfig, trust: Sequence[str], *, dry_run: bool) -
     if settings.output:
         check_is_free(settings.output)  # said before models and data are loaded
     session = open_session(settings, trust, Path(settings.plan) if settings.plan else None)
-    ready = announce(session)
+    ready, proof = announce(session)
     if dry_run:
         _rehearse(ready)
         return
     folder = Path(settings.output) if settings.output else _fresh_folder(session)
     with Run.create(folder) as run:
-        run.write("plan.yaml", session.plan.to_yaml())
+        run.write("plan.yaml", session.plan.to_yaml(proof.as_dict() if proof else None))
         run.write("run.json", json.dumps(_record(session, ready, run.path), indent=1))
         run.write("config.yaml", write_yaml(settings.dump()))
         _train(session, ready, run)
@@ -137,12 +139,15 @@ def resume_session(folder: Path, trust: Sequence[str]) -> None:
         _check_same_files(session, recorded)
         if len(run.metrics()) >= settings.epochs:
             say(f"{folder} has finished its epochs before: nothing is left to train")
-        ready = announce(session)
+        ready, _ = announce(session)
         _train(session, ready, run)
 
 
-def announce(session: Session) -> Distillation:
-    """Print sizes, plan, formula and forecast, and the teacher's measured accuracy."""
+def announce(session: Session) -> tuple[Distillation, Certificate | None]:
+    """Print sizes, plan, formula and forecast, and the teacher's measured accuracy.
+
+    What comes back is ready to train, with the proof of the surgery where there is any.
+    """
     settings, plan = session.settings, session.plan
     inputs.warn_if_larger(plan)
     ready = session.prepare()
@@ -150,11 +155,12 @@ def announce(session: Session) -> Distillation:
     counts = f"{len(train):,} training and {len(val):,} validation images"
     say(f"data     {settings.data_dir}: {counts}, {train.num_classes} classes")
     say(f"teacher  {session.teacher.source}: accuracy {ready.teacher_accuracy:.2%}")
-    if plan.stones:
-        out.print(plan_table(plan, forecast(plan, chosen_depths(plan, settings)), certify(plan)))
+    proof = certify(plan) if plan.stones else None
+    if proof:
+        out.print(plan_table(plan, forecast(plan, chosen_depths(plan, settings)), proof))
     say(formula(plan, settings))
     say()
-    return ready
+    return ready, proof
 
 
 def _rehearse(ready: Distillation) -> None:
