@@ -101,7 +101,7 @@ _ELEMENT_WISE = frozenset(
 
 def _may_multiply(node: fx.Node, model: fx.GraphModule) -> bool:
     """Whether there may be a convolution or matrix product in it, which is slower to find out."""
-    if node.op in ("placeholder", "output", "get_attr"):
+    if node.op in ("placeholder", "output", "get_attr") or "whole" in node.meta:
         return False
     if node.op == "call_module":
         layer = model.get_submodule(str(node.target))

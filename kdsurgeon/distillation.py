@@ -205,17 +205,17 @@ def check_teacher(teacher: nn.Module, validation: Batches) -> float:
 def chosen_depths(plan: Plan, recipe: Recipe) -> tuple[int, ...]:
     """The stones that a recipe asks for: ``all``, ``last-K``, ``drop-first`` or a list of depths.
 
-    All are those to which the plan gives a weight.
+    They are taken from those to which the plan gives a weight.
 
     Raises:
         PlanError: a stone that the plan lacks.
     """
-    known = [stone.depth for stone in plan.stones]
+    known = [stone.depth for stone in plan.stones if stone.weight > 0]
     wanted = recipe.loss.stones
     if recipe.method == "kd":
         return ()
     if wanted == "all":
-        return tuple(stone.depth for stone in plan.stones if stone.weight > 0)
+        return tuple(known)
     if wanted == "drop-first":
         return tuple(known[1:])
     if isinstance(wanted, str):

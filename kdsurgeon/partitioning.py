@@ -115,14 +115,19 @@ def cut(trace: Trace, cuts: Sequence[CutPoint]) -> Partition:
     """
     costs = node_costs(trace)
     _check_cuts(trace, cuts)
-    blocks: list[list[fx.Node]] = [[]]
     ends = {trace.nodes[point.main.name] for point in cuts}
+    read = _ancestors(trace)
+    blocks: list[list[fx.Node]] = [[] for _ in range(len(cuts) + 1)]
+    place: dict[fx.Node, int] = {}
+    current = 0
     for node in trace.graph_module.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        blocks[-1].append(node)
-        if node in ends:
-            blocks.append([])
+        place[node] = current
+        if node not in read:  # an auxiliary head, say: where its input is still at hand
+            place[node] = max((place.get(other, 0) for other in node.all_input_nodes), default=0)
+        blocks[place[node]].append(node)
+        current += node in ends
     return Partition(
         trace,
         tuple(cuts),
@@ -179,6 +184,22 @@ def activations(trace: Trace) -> list[fx.Node]:
 
 
 def _activations(trace: Trace) -> list[fx.Node]:
+    read = _ancestors(trace)
+    return [node for node in _dependent(trace) if node in read]
+
+
+def _ancestors(trace: Trace) -> set[fx.Node]:
+    """Every node that the logits are computed from."""
+    found, pending = set[fx.Node](), [trace.logits]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
+
+
+def _dependent(trace: Trace) -> list[fx.Node]:
     primary = primary_input(trace)
     is_integer = not primary.meta["val"].is_floating_point()
     found: dict[fx.Node, None] = {} if is_integer else {primary: None}

@@ -113,8 +113,6 @@ def test_models_without_a_common_kind_of_tensor_are_refused():
     )
     first = trace(models.make("chain"), models.images(2), name="big")
     second = trace(flat, models.images(2), name="flat")
-    with pytest.raises(
-        AlignmentError, match="no cut point of flat is of a kind that big"
-    ) as caught:
+    with pytest.raises(AlignmentError, match="big and flat have no boundary in common") as caught:
         align(first, second)
     assert "--method kd" in caught.value.notes["fix"]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import kdsurgeon
 from kdsurgeon.checkpoints import ModelCard
@@ -16,7 +17,7 @@ from kdsurgeon.distillation import (
     prepare,
     train_alone,
 )
-from kdsurgeon.errors import DataError, NumericsError, PlanError, UsageError
+from kdsurgeon.errors import DataError, NumericsError, PlanError, TraceError, UsageError
 from kdsurgeon.evaluation import accuracy, evaluate
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Run
@@ -331,3 +332,28 @@ def test_nothing_to_evaluate_on_is_an_error():
     ):
         with pytest.raises(DataError, match="no sample"):
             measure()
+
+
+class Wanders(nn.Module):
+    """Decides by what it sees, so that no graph can hold it."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(768, 10)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        logits = self.head(x if x.mean() > 0 else -x)
+        return {"logits": logits, "mean": x.mean()}
+
+
+def test_models_that_no_graph_can_hold_still_have_plain_distillation():
+    teacher, student = Wanders(), Wanders()
+    before = copy.deepcopy(student.state_dict())
+    kept = copy.deepcopy(teacher.state_dict())
+    epochs = list(distill(teacher, student, batches(), recipe=Recipe(method="kd", epochs=1)))
+    assert len(epochs) == 1
+    assert not torch.equal(student.head.weight, before["head.weight"])
+    assert all(torch.equal(value, kept[key]) for key, value in teacher.state_dict().items())
+    with pytest.raises(TraceError, match="branches on the values"):
+        distill(teacher, student, batches(), recipe=Recipe(epochs=1))

@@ -21,8 +21,9 @@ def test_modules_import_only_from_the_layers_below_them():
 def test_the_public_names_are_these_and_each_is_served():
     assert kdsurgeon.__all__ == [
         "load_model", "save_model", "ModelCard", "load_data", "Batches", "trace", "Trace",
-        "find_cut_points", "partition", "read_plan", "Plan", "certify", "forecast", "synthesize",
-        "Logits", "block_kd_loss", "Recipe", "prepare", "distill", "train_alone", "Epoch",
+        "find_cut_points", "partition", "read_plan", "Plan", "certify", "forecast",
+        "within_budget", "synthesize", "fit_adapters", "Logits", "block_kd_loss", "Recipe",
+        "prepare", "distill", "train_alone", "Epoch",
         "accuracy", "evaluate", "export", "SurgeonError", "UsageError",
     ]  # fmt: skip
     assert sorted(kdsurgeon.__all__) == sorted(public.__all__)

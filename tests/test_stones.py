@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdsurgeon.errors import DataError, PlanError
+from kdsurgeon.errors import DataError, PlanError, UsageError
 from kdsurgeon.losses import block_kd_loss
 from kdsurgeon.stones import (
     Plan,
@@ -452,6 +452,75 @@ def test_the_forecast_of_memory_counts_what_the_backward_pass_keeps():
     sizes = [forecast(plan, (depth,)).with_stones_bytes for depth in (1, 2, 3)]
     assert sizes == sorted(sizes, reverse=True)  # an earlier stone has the longer tail
     assert whole.memory_ratio > 1
+
+
+# models of every habit ───────────────────────────────────────────────────────────────────────────
+
+
+def test_a_frozen_teacher_is_certified():
+    teacher = models.make("residual", seed=1).requires_grad_(False)
+    plan = partition(teacher, models.make("residual", seed=2), models.images(2))
+    assert certify(plan).stones == 3
+
+
+class Auxiliary(nn.Module):
+    """GoogLeNet and its like: a second head, for training only, on an early tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(*models.conv(3, 8, stride=2))
+        self.second = nn.Sequential(*models.conv(8, 8, stride=2))
+        self.auxiliary = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(512, 10))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        early = self.first(x)
+        logits = self.head(self.second(early).mean((2, 3)))
+        return (logits, self.auxiliary(early)) if self.training else logits
+
+
+def test_a_head_for_training_only_pins_no_layer():
+    plan = partition(models.make("residual"), Auxiliary(), models.images(2))
+    assert len(plan.stones) == 2
+    assert_no_gap(certify(plan))
+
+
+class MovesAnAverage(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.head = nn.Linear(8, 10)
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, x):
+        x = self.conv(x).relu()
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * x.mean()
+        return self.head(x.mean((2, 3)) - self.average)
+
+
+def test_a_model_that_replaces_its_buffers_is_refused_and_left_as_it_was():
+    student = MovesAnAverage()
+    average = student.average
+    plan = partition(models.make("residual"), student, models.images(2))
+    with pytest.raises(PlanError, match=r"differs by .* when it takes a training step"):
+        certify(plan)
+    assert student.average is average
+
+
+def test_models_of_two_precisions_are_refused():
+    plan = partition(models.make("chain").double(), models.make("chain"), models.images(2))
+    with pytest.raises(PlanError, match="computes in float64, student in float32"):
+        synthesize(plan)
+
+
+def test_double_precision_is_certified():
+    assert_no_gap(certify(planned("residual", "residual", dtype=torch.float64)))
+
+
+def test_an_input_that_a_batch_lacks_is_named():
+    with pytest.raises(UsageError, match="lacks the input input"):
+        synthesize(planned())({"x": models.images(2)})
 
 
 # plans of wide cuts and several inputs ───────────────────────────────────────────────────────────

@@ -258,6 +258,80 @@ class CallsForeignCode(nn.Module):
         return torch.from_numpy(x.numpy()).flatten(1)
 
 
+class ListsModules(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(768, 10)]
+
+    def forward(self, x):
+        return self.layers[0](x.flatten(1))
+
+
+class ClampsItsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(768, 10)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.head.weight.clamp_(-1, 1)
+        return self.head(x.flatten(1))
+
+
+class PassesAGenerator(nn.Module):
+    def forward(self, x):
+        generator = torch.Generator().manual_seed(0)
+        return x.flatten(1) + torch.randn(x[0].numel(), generator=generator, device="cpu")
+
+
+class Keyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.add_module("class", nn.Linear(768, 10))
+
+    def forward(self, x):
+        return getattr(self, "class")(x.flatten(1))
+
+
+_MEMORY = {}
+
+
+class RemembersOutside(nn.Module):
+    """A cache that the code keeps, not the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(768, 10)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        if x.shape[1] not in _MEMORY:
+            _MEMORY[x.shape[1]] = torch.arange(x.shape[1]) / 768
+        return self.head(x + _MEMORY[x.shape[1]])
+
+
+def test_a_cache_of_the_code_holds_nothing_from_the_trace():
+    _MEMORY.clear()
+    model = RemembersOutside().eval()
+    captured = trace(model, models.images(2))
+    assert _MEMORY == {}
+    assert torch.equal(model(models.images(3)), captured.graph_module(models.images(3)))
+
+
+def test_a_compiled_model_is_traced_as_the_model_that_it_is():
+    model = models.make("residual").eval()
+    inner = nn.Sequential(
+        torch.compile(models.make("chain"), backend="eager"), nn.Linear(10, 10)
+    ).eval()
+    model.compile(backend="eager")
+    for network, plain in ((model, models.make("residual").eval()), (inner, None)):
+        captured = trace(network, models.images(2))
+        assert captured.rung == "fx"
+        if plain is not None:
+            result = captured.graph_module(models.images(3))
+            assert torch.equal(result, plain(models.images(3)))
+
+
 class WritesInPlace(nn.Module):
     """Every way of writing in place that keeps the tensor whole."""
 
@@ -396,6 +470,11 @@ def test_what_forward_does_not_take_is_refused_by_name():
         (ReturnsWords(), "does not return one tensor of logits", "a dict with the keys words"),
         (ReturnsOneNumber(), "does not return one tensor of logits", "() (one number)"),
         (CallsForeignCode(), "cannot be captured as a graph", "test_tracing.py"),
+        (ListsModules(), "calls a Linear that it does not register", "test_tracing.py"),
+        (ClampsItsWeight(), "overwrites its weight head.weight", "test_tracing.py"),
+        (PassesAGenerator(), "passes a Generator to", "test_tracing.py"),
+        (Keyword(), 'a module called "class"', "class"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "without a shape yet", "run the model"),
         (nn.ModuleDict({'a"]; print(1) #': nn.ReLU()}), "quotes or control characters", "print"),
         (nn.Conv2d(1, 4, 3), "does not accept an input of shape 3×16×16", "1 channels"),
     ],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from kdsurgeon.stones.fitting import kept_buffers
 from kdsurgeon.stones.plan import Plan
 from kdsurgeon.stones.surgery import Walk, block_sources, compose, context_inputs, graft
 from kdsurgeon.stones.training_graph import synthesize
-from kdsurgeon.tracing import Inputs, in_mode, logits_of, trace
+from kdsurgeon.tracing import Inputs, in_mode, logits_of, trace, unchanged
 
 SAMPLES = 3  # neither the example's batch nor one that hides a fixed size
 
@@ -118,8 +119,11 @@ def _model_gaps(whole: Partition) -> tuple[float, float]:
 @torch.no_grad()
 def _evaluation_gap(whole: Partition) -> float:
     model, inputs = whole.trace.model, random_inputs(whole)
-    with in_mode(model, training=False):
-        return _gap(logits_of(model, _copied(inputs)), _run_graph(compose(whole), _copied(inputs)))
+    with in_mode(model, training=False), unchanged(model):
+        with _runs(whole, "on random input"):
+            logits = logits_of(model, _copied(inputs))
+        with _runs(whole, "rebuilt from its blocks"):
+            return _gap(logits, _run_graph(compose(whole), _copied(inputs)))
 
 
 def _training_gap(whole: Partition) -> float:
@@ -128,18 +132,36 @@ def _training_gap(whole: Partition) -> float:
     captured = trace(model, whole.trace.example, name=whole.trace.name, training=True)
     rebuilt = compose(cut(captured, whole.cuts))
     with in_mode(model, training=True):
-        own = _step(lambda: logits_of(model, _copied(inputs)), model)
-        other = _step(lambda: _run_graph(rebuilt, _copied(inputs)), model)
+        with _runs(whole, "for a training step of its own"):
+            own = _step(lambda: logits_of(model, _copied(inputs)), model)
+        with _runs(whole, "for a training step rebuilt from its blocks"):
+            other = _step(lambda: _run_graph(rebuilt, _copied(inputs)), model)
     return max(_gap(one, two) for one, two in zip(own, other, strict=True))
+
+
+@contextmanager
+def _runs(whole: Partition, how: str) -> Iterator[None]:
+    """Whatever torch says against running the model so, as one of our errors."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise PlanError(
+            f"{whole.trace.name} cannot be run {how}.",
+            why=f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}",
+            fix="mend its forward; plain distillation (--method kd) needs no cutting",
+        ) from error
 
 
 def _step(run: Callable[[], Tensor], model: nn.Module) -> list[Tensor]:
     """Logits, gradients and buffers of one step; nothing of it stays."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    with kept_buffers(model), torch.random.fork_rng(devices=[]), torch.enable_grad():
+    rng = torch.random.fork_rng(devices=[])
+    with unchanged(model), kept_buffers(model), rng, torch.enable_grad():
         torch.manual_seed(0)
         logits = run()
-        gradients = torch.autograd.grad(logits.square().mean(), weights, allow_unused=True)
+        loss = logits.square().mean()
+        is_trained = bool(weights) and loss.requires_grad
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True) if is_trained else ()
         empty = torch.zeros(0)
         found = [empty if gradient is None else gradient for gradient in gradients]
         return [logits.detach(), *found, *(buffer.clone() for buffer in model.buffers())]
@@ -214,7 +236,8 @@ def _check_gradients(plan: Plan) -> int:
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     with kept_buffers(student), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        logits = stones(_copied(random_inputs(plan.student)))
+        with _runs(plan.student, "with its stones"):
+            logits = stones(_copied(random_inputs(plan.student)))
         if not logits.stones.isfinite().all():
             return 0
         direction = torch.randn_like(logits.student)

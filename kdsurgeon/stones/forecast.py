@@ -72,7 +72,7 @@ def within_budget(plan: Plan, ratio: float) -> tuple[int, ...]:
         PlanError: not even the last stone fits.
     """
     chosen: tuple[int, ...] = ()
-    for stone in reversed(plan.stones):
+    for stone in reversed([stone for stone in plan.stones if stone.weight > 0]):
         if forecast(plan, (stone.depth, *chosen)).ratio > ratio:
             break
         chosen = (stone.depth, *chosen)

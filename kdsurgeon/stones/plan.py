@@ -17,11 +17,11 @@ from kdsurgeon import similarity
 from kdsurgeon.adapters import AdapterSpec, adapter_for
 from kdsurgeon.alignment import Alignment, align
 from kdsurgeon.checkpoints import write_whole
-from kdsurgeon.errors import PlanError, nearest
+from kdsurgeon.errors import PlanError, TraceError, nearest
 from kdsurgeon.losses.formulas import halving_weights
 from kdsurgeon.partitioning import CutPoint, Partition, fingerprint
 from kdsurgeon.recipe import read_yaml, write_yaml
-from kdsurgeon.tracing import Inputs, Trace, trace
+from kdsurgeon.tracing import Inputs, Trace, trace, trace_whole
 
 PLAN_VERSION = 2
 
@@ -153,8 +153,9 @@ def partition(
     >>> [(pair.teacher.name, pair.student.name) for pair in plan.alignment.boundaries]
     [('1', '1'), ('4', '4')]
     """
-    teacher_trace = trace(teacher, example, name=names[0])
-    student_trace = trace(student, example, name=names[1])
+    capture = trace if blocks else _trace_somehow
+    teacher_trace = capture(teacher, example, name=names[0])
+    student_trace = capture(student, example, name=names[1])
     alignment = align(
         teacher_trace,
         student_trace,
@@ -163,6 +164,14 @@ def partition(
         similarity=similarity.probe(teacher_trace, student_trace, probe) if probe else None,
     )
     return plan_stones(alignment, max_adapter_parameters=max_adapter_parameters)
+
+
+def _trace_somehow(model: nn.Module, example: Inputs, *, name: str) -> Trace:
+    """A graph for plain distillation, which needs no look inside."""
+    try:
+        return trace(model, example, name=name)
+    except TraceError:
+        return trace_whole(model, example, name=name)
 
 
 def plan_stones(alignment: Alignment, *, max_adapter_parameters: int | None = None) -> Plan:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kdsurgeon import adapters
-from kdsurgeon.errors import PlanError
+from kdsurgeon.errors import PlanError, UsageError
 from kdsurgeon.losses import Logits
 from kdsurgeon.partitioning import Partition, activations, cut
 from kdsurgeon.stones.plan import Plan, Stone
@@ -57,7 +57,7 @@ class SteppingStones(nn.Module):
                 if stone.depth in depths
             }
         )
-        self.adapters.to(_device(self.student))
+        self.adapters.to(_device(self.student), _dtype(self.student))
         self.depths = depths
         self.teacher = _Hidden(frozen_twins(plan.teacher.trace))
         self._graphs = {
@@ -69,7 +69,15 @@ class SteppingStones(nn.Module):
     def forward(self, inputs: Inputs) -> Logits:
         graph = self._graphs[self.training]
         names = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
-        values = [inputs] if isinstance(inputs, Tensor) else [inputs[name] for name in names]
+        given = {names[0]: inputs} if isinstance(inputs, Tensor) else inputs
+        missing = [name for name in names if name not in given]
+        if missing:
+            raise UsageError(
+                f"the batch lacks the input {missing[0]}.",
+                given=", ".join(given),
+                fix=f"give what both models were captured with: {', '.join(names)}",
+            )
+        values = [given[name] for name in names]
         # not by calling it: torch.fx prints to standard error when a graph module raises
         student, stones, teacher = graph.forward(*values)
         return Logits(student, stones, teacher, self.depths)
@@ -147,6 +155,7 @@ def synthesize(
                 fix="change loss.stones, or plan more blocks with --blocks",
             )
     _check_are_two(plan)
+    _check_precision(plan)
     mixing = _mixes_samples(plan.teacher)
     if merge and mixing:
         raise PlanError(
@@ -169,6 +178,16 @@ def _check_are_two(plan: Plan) -> None:
                 where=name,
                 fix="give the student weights of its own: copy.deepcopy(model)",
             )
+
+
+def _check_precision(plan: Plan) -> None:
+    teacher, student = (_dtype(side.trace.model) for side in (plan.teacher, plan.student))
+    if teacher != student:
+        raise PlanError(
+            f"{plan.teacher.trace.name} computes in {teacher}, {plan.student.trace.name} in "
+            f"{student}.".replace("torch.", ""),
+            fix="convert one of them, e.g. model.float(); --amp computes faster from float32",
+        )
 
 
 def _training_graph(
@@ -254,7 +273,7 @@ def _stack(graph: fx.Graph, tails: list[_Tail], clean: fx.Node) -> fx.Node:
 
 def _in_mode(whole: Partition, *, training: bool) -> Partition:
     """The same cuts in the graph of the other mode, found by name."""
-    if not training:
+    if not training or whole.trace.rung == "whole":
         return whole
     captured = trace(whole.trace.model, whole.trace.example, name=whole.trace.name, training=True)
     return cut(captured, whole.cuts)
@@ -294,6 +313,11 @@ def _mixes_samples(teacher: Partition) -> str | None:
 def _has_batch(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and any(size % BATCH == 0 for size in value.shape if size)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    floating = (value.dtype for value in model.parameters() if value.is_floating_point())
+    return next(floating, torch.float32)
 
 
 def _device(model: nn.Module) -> torch.device:

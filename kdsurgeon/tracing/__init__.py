@@ -3,8 +3,9 @@
 A graph freezes ``if self.training`` at capture. Capture a model once in each mode you need.
 """
 
-from kdsurgeon.tracing.capture import Trace, trace
+from kdsurgeon.tracing.capture import Trace, trace, trace_whole
 from kdsurgeon.tracing.outputs import Inputs, call_model, find_logits, in_mode, logits_in, logits_of
+from kdsurgeon.tracing.recording import unchanged
 from kdsurgeon.tracing.values import BATCH, batch_axis, evaluate, operation_name
 from kdsurgeon.tracing.writes import after, memory_of
 
@@ -23,4 +24,6 @@ __all__ = [
     "memory_of",
     "operation_name",
     "trace",
+    "trace_whole",
+    "unchanged",
 ]

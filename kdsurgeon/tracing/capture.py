@@ -10,11 +10,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from keyword import iskeyword
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from kdsurgeon.errors import TraceError, nearest
 from kdsurgeon.tracing.outputs import (
@@ -23,10 +25,11 @@ from kdsurgeon.tracing.outputs import (
     describe,
     find_logits,
     in_mode,
+    logits_in,
     others_in,
 )
-from kdsurgeon.tracing.recording import DataDependent, Recorder, unchanged
-from kdsurgeon.tracing.values import batch_axis, example_without_data
+from kdsurgeon.tracing.recording import DataDependent, Recorder, Unsupported, unchanged
+from kdsurgeon.tracing.values import BATCH, batch_axis, example_without_data
 from kdsurgeon.tracing.writes import connect_writes
 
 MAX_LEAF_SHARE = 0.3  # of the parameters: a larger leaf hides what is to be cut
@@ -123,16 +126,59 @@ def trace(
         if isinstance(outcome, _Recorded):
             return _finish(outcome, model, example, name, training=training, leaves=leaves)
         first = first or outcome
+        if isinstance(outcome.error, Unsupported):
+            break
         culprit = _smallest_leaf(model, outcome.failed_in, leaves)
         if culprit is None:
             break
         leaves.add(culprit)
     assert first is not None
-    if not isinstance(first.error, _NoLogits) and _refusal(model, example) is None:
+    is_final = isinstance(first.error, (_NoLogits, Unsupported))
+    if not is_final and _refusal(model, example) is None:
         exported = _record_exported(model, example, training=training)
         if isinstance(exported, _Recorded):
             return _finish(exported, model, example, name, training=training, leaves=set())
     raise _explain(first, model, example, name) from first.error
+
+
+def trace_whole(model: nn.Module, example: Inputs, *, name: str = "model") -> Trace:
+    """A graph that only calls ``model``: without cut points, but enough for plain distillation.
+
+    For models that :func:`trace` refuses. The model is run once on the example.
+
+    Raises:
+        TraceError: the model rejects the example, or does not return logits.
+    """
+    inputs = _by_name(example)
+    refusal = _refusal(model, example)
+    if refusal is not None:
+        raise _rejected(name, model, example, refusal, "the whole model") from refusal
+    lost = ["everything inside: the model is called as a whole"]
+    try:
+        with in_mode(model, training=False), torch.no_grad(), unchanged(model):
+            logits = _logits(model, example, lost)
+    except _NoLogits as error:
+        raise _no_logits(name, str(error)) from error
+    graph = fx.Graph()
+    given: dict[str, Any] = {key: graph.placeholder(key) for key in inputs}
+    alone = isinstance(example, Tensor)
+    called = graph.call_module(
+        "model", tuple(given.values()) if alone else (), {} if alone else given
+    )
+    result = graph.call_function(logits_in, (called,))
+    graph.output(result)
+    value = torch.empty((BATCH, *logits.shape[1:]), dtype=logits.dtype, device="meta")
+    values = {
+        node: example_without_data(inputs[key], _batch_of(inputs)) for key, node in given.items()
+    }
+    for node in graph.nodes:
+        node.meta = {"qualname": node.name, "val": values.get(node, value), "whole": True}
+    graph.output_node().meta["qualname"] = "output"
+    root = nn.Module()
+    root.add_module("model", model)
+    graph_module = fx.GraphModule(root, graph, class_name=type(model).__name__)
+    graph_module.training = False
+    return Trace(name, model, graph_module, example, False, "whole", tuple(lost))
 
 
 @dataclass(frozen=True)
@@ -331,7 +377,24 @@ def _smallest_leaf(model: nn.Module, path: str | None, leaves: set[nn.Module]) -
 
 def _check_names(model: nn.Module, name: str) -> None:
     """torch.fx writes module names into generated source, so they must be plain text."""
-    for path, _ in [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]:
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"{name} is {describe(model)}, not a torch.nn.Module.")
+    state = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [path for path, value in state if is_lazy(value)]
+    if lazy:
+        raise TraceError(
+            f"{name} has weights without a shape yet.",
+            where=lazy[0],
+            fix="run the model once on real inputs first: lazy layers take their shape from them",
+        )
+    for path, _ in [*model.named_modules(), *state]:
+        word = next((part for part in path.split(".") if iskeyword(part)), None)
+        if word:
+            raise TraceError(
+                f'{name} has a module called "{word}", a word of Python\'s own.',
+                where=path,
+                fix="rename that module",
+            )
         if not path.isprintable() or set(path) & set('"\\'):
             raise TraceError(
                 f"{name} has a module with quotes or control characters in its name.",
@@ -392,12 +455,7 @@ def _explain(failure: _Failure, model: nn.Module, example: Inputs, name: str) ->
         )
     refusal = _refusal(model, example)
     if refusal is not None:
-        return TraceError(
-            f"{name} does not accept {_inputs_in_words(example)}.",
-            where=f"{failure.last}, {_source_line(refusal)}",
-            why=_first_line(refusal),
-            fix=_input_fix(model, example),
-        )
+        return _rejected(name, model, example, refusal, failure.last)
     refusal = _refusal(model, _with_one_more(example))
     if refusal is not None:
         count = _batch_of(_by_name(example)) + 1
@@ -478,6 +536,17 @@ def _required(model: nn.Module) -> list[str]:
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     empty = inspect.Parameter.empty
     return [each.name for each in parameters if each.default is empty and each.kind not in several]
+
+
+def _rejected(
+    name: str, model: nn.Module, example: Inputs, refusal: Exception, last: str
+) -> TraceError:
+    return TraceError(
+        f"{name} does not accept {_inputs_in_words(example)}.",
+        where=f"{last}, {_source_line(refusal)}",
+        why=_first_line(refusal),
+        fix=_input_fix(model, example),
+    )
 
 
 def _with_one_more(example: Inputs) -> Inputs:

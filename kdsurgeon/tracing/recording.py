@@ -14,6 +14,8 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -40,11 +42,19 @@ _QUERIES = frozenset(
     }
 )  # fmt: skip
 _DECISIONS = frozenset({"__bool__", "__contains__", "is_nonzero", "equal", "allclose"})
+_PLAIN = (
+    bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format,
+    range, Enum,
+)  # fmt: skip
 _STRANGE_MODULES = (torch.jit.ScriptModule,)
 
 
 class DataDependent(Exception):
     """The program depends on what the tensors hold, which a graph cannot record."""
+
+
+class Unsupported(DataDependent):
+    """What no rung can help: the graph would not be the model."""
 
 
 class Recorder(TorchFunctionMode):
@@ -78,6 +88,7 @@ class Recorder(TorchFunctionMode):
         self.seen_leaves: set[nn.Module] = set()
         self._paths = {module: path for path, module in model.named_modules()}
         self._state = _names_of_state(owner or model)
+        self._weights = {name for name, _ in (owner or model).named_parameters()}
         self._nodes: dict[int, fx.Node] = {}
         self._stand_ins: dict[int, Tensor] = {}
         self._kept: list[Any] = []  # alive, so that no two tensors get the same id
@@ -134,7 +145,12 @@ class Recorder(TorchFunctionMode):
     def call_module(self, module: nn.Module, run: Callable[..., Any], args: Any, kw: Any) -> Any:
         """A leaf becomes one node; any other module runs and shows what it does."""
         path = self._paths.get(module)
-        if self._is_inside_leaf or not path:  # the model itself, or a module from outside of it
+        if type(module).__name__ == "OptimizedModule" and not self._is_inside_leaf:
+            return module._modules["_orig_mod"](*args, **kw)  # pyright: ignore[reportOptionalCall]
+        if self._is_inside_leaf or path == "":
+            return run(module, *args, **kw)
+        if path is None:
+            self._refuse_foreign_weights(module)
             return run(module, *args, **kw)
         if not self._is_leaf(module):
             self._scope.append(path)
@@ -147,6 +163,13 @@ class Recorder(TorchFunctionMode):
                 self._scope.pop()
         with torch._C.DisableTorchFunction():
             return self._call_leaf(module, path, args, kw)
+
+    def _refuse_foreign_weights(self, module: nn.Module) -> None:
+        if any(id(weight) not in self._state for weight in module.parameters()):
+            raise Unsupported(
+                f"the model calls a {type(module).__name__} that it does not register (keep "
+                "modules in nn.ModuleList, not in a list)"
+            )
 
     def _call_leaf(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Any:
         self.seen_leaves.update(module.modules())
@@ -194,9 +217,14 @@ class Recorder(TorchFunctionMode):
             node.meta["no_grad"] = True
         self._bind(node, result)
         for source in node.meta.get("writes", ()):
+            self._refuse_written_weight(source)
             if isinstance(result, Tensor) and result.shape == source.meta["val"].shape:
                 self._rename(source, node)
         return result
+
+    def _refuse_written_weight(self, source: fx.Node) -> None:
+        if source.op == "get_attr" and str(source.target) in self._weights:
+            raise Unsupported(f"the model overwrites its weight {source.target} while it runs")
 
     def _written_by(
         self, args: Any, kwargs: Mapping[str, Any], written: set[int]
@@ -269,7 +297,9 @@ class Recorder(TorchFunctionMode):
             return self._batch_multiple(value // BATCH)
         if isinstance(value, torch.device) and value.type == "meta":
             return self.device
-        return value
+        if value is None or value is ... or isinstance(value, _PLAIN):
+            return value
+        raise DataDependent(f"the model passes a {type(value).__name__} to {self.last}")
 
     def _attribute_node(self, value: Tensor) -> fx.Node:
         """The node that fetches a weight, a buffer, or a constant from outside of the model."""
@@ -410,7 +440,8 @@ def _watched_modules(recorder: Recorder) -> Iterator[None]:
     original = nn.Module.__call__
 
     def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return recorder.call_module(module, original, args, kwargs)
+        # not by its __call__, which a compiled module has replaced
+        return recorder.call_module(module, nn.Module._call_impl, args, kwargs)
 
     nn.Module.__call__ = watched  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -458,6 +489,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     are computed, not what they once were.
     """
     before = [(module, _attributes(module)) for module in model.modules()]
+    around = [(container, container.copy()) for container in _containers_around(model)]
     caches = [cache for module in model.modules() for cache in _tensor_caches(module)]
     contents = [dict(cache) for cache in caches]
     _clear_function_caches(model)
@@ -470,6 +502,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         for cache, content in zip(caches, contents, strict=True):
             cache.clear()
             cache.update(content)
+        for container, content in around:
+            _refill(container, content)
         for module, attributes in before:
             _restore(module, attributes)
 
@@ -491,8 +525,41 @@ def _restore(module: nn.Module, attributes: Mapping[str, Any]) -> None:
     for name, (value, content) in attributes.items():
         module.__dict__[name] = value
         if content is not None:
-            value.clear()
-            (value.extend if type(value) is list else value.update)(content)
+            _refill(value, content)
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    (container.extend if type(container) is list else container.update)(content)
+
+
+def _containers_around(model: nn.Module) -> list[Any]:
+    """What the code of the model closes over and may keep tensors in."""
+    functions = [
+        value
+        for module in model.modules()
+        for value in [*vars(type(module)).values(), module.__dict__.get("forward")]
+        if isinstance(value, FunctionType) and not type(module).__module__.startswith("torch.")
+    ]
+    found = {
+        id(cell.cell_contents): cell.cell_contents
+        for function in functions
+        for cell in function.__closure__ or ()
+        if _is_filled(cell) and type(cell.cell_contents) in _CONTAINERS
+    }
+    sources = {function.__module__ for function in functions}
+    for source in sources & sys.modules.keys():
+        for name, value in vars(sys.modules[source]).items():
+            if type(value) in _CONTAINERS and not name.startswith("__"):
+                found[id(value)] = value
+    return list(found.values())
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # the name is not bound yet
+        return False
 
 
 def _tensor_caches(module: nn.Module) -> list[dict[Any, Any]]:
