@@ -461,11 +461,15 @@ def test_a_model_that_depends_on_values_is_refused_with_its_line(side, net, what
     refused(arguments, 2, what, "where:", "nets.py:", "move the decision out of forward")
 
 
+def test_a_model_whose_weights_have_no_shape_yet_is_refused(refused):
+    arguments = ["inspect", "py:nets.py:lazy", "--input-size", "1,8,8"]
+    refused(arguments, 2, "weights without a shape yet", "run the model once on real inputs first")
+
+
 @pytest.mark.parametrize(
     "net, why, fix",
     [
         ("half", "Input type (float)", "weights are float16: give inputs of float16"),
-        ("lazy", "initialize_parameters", "run the model once on real inputs first"),
         ("TwoInputs", "'age'", 'give them by name: {"image": …, "age": …}'),
     ],
 )

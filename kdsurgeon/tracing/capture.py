@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import is_lazy
 
 from kdsurgeon.errors import TraceError, nearest
 from kdsurgeon.tracing.outputs import (
@@ -511,8 +511,6 @@ def _inputs_in_words(example: Inputs) -> str:
 def _input_fix(model: nn.Module, example: Inputs) -> str:
     """What to give instead: another dtype, other inputs, or another size."""
     state = list(model.parameters())
-    if any(isinstance(weight, UninitializedParameter) for weight in state):
-        return "run the model once on real inputs first: its lazy layers have no shape yet"
     wanted = {weight.dtype for weight in state if weight.is_floating_point()}
     values = _by_name(example).values()
     given = {value.dtype for value in values if value.is_floating_point() or value.ndim == 4}
