@@ -485,3 +485,9 @@ def test_what_cannot_be_traced_is_named_with_its_line(model, message, note):
     assert note in str(caught.value)
     assert str(caught.value).startswith("net ")
     assert caught.value.exit_code == 2
+
+
+def test_a_refusal_prints_nothing_of_its_own(capfd):
+    with pytest.raises(TraceError):
+        trace(Branches(), models.images(2))
+    assert capfd.readouterr() == ("", "")

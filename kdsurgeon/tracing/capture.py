@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
+import logging
 import operator
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from keyword import iskeyword
@@ -230,8 +233,7 @@ def _record_exported(model: nn.Module, example: Inputs, *, training: bool) -> _R
         for key, value in inputs.items()
     }
     try:
-        with in_mode(model, training=training), unchanged(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with in_mode(model, training=training), unchanged(model), _silence():
             wrapped = _LogitsAlone(model, list(inputs), lost, alone=isinstance(example, Tensor))
             program = torch.export.export(
                 wrapped,
@@ -247,6 +249,22 @@ def _record_exported(model: nn.Module, example: Inputs, *, training: bool) -> _R
     except Exception as error:
         return _Failure(error, "", None)
     return _Recorded(graph, recorder.constants, set(), tuple(lost), "torch.export")
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing is printed: torch.export shows pages of its graph when it gives up."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _read_copies_of_state(graph: fx.Graph) -> None:
