@@ -8,7 +8,7 @@ student and its ONNX file, proved equal.
 
     plan = kdsurgeon.partition(teacher, student, example)
     for epoch in kdsurgeon.distill(teacher, student, batches, plan=plan): ...
-    kdsurgeon.exporting(student, "student.onnx", example)
+    kdsurgeon.export(student, "student.onnx", example)
 """
 
 from typing import TYPE_CHECKING, Any

@@ -171,9 +171,8 @@ def trace_whole(model: nn.Module, example: Inputs, *, name: str = "model") -> Tr
     result = graph.call_function(logits_in, (called,))
     graph.output(result)
     value = torch.empty((BATCH, *logits.shape[1:]), dtype=logits.dtype, device="meta")
-    values = {
-        node: example_without_data(inputs[key], _batch_of(inputs)) for key, node in given.items()
-    }
+    stand_ins = _without_data(inputs)
+    values = {node: stand_ins[key] for key, node in given.items()}
     for node in graph.nodes:
         node.meta = {"qualname": node.name, "val": values.get(node, value), "whole": True}
     graph.output_node().meta["qualname"] = "output"
@@ -204,8 +203,7 @@ def _record(
     model: nn.Module, example: Inputs, *, training: bool, leaves: set[nn.Module]
 ) -> _Recorded | _Failure:
     inputs = _by_name(example)
-    batch = _batch_of(inputs)
-    stand_ins = {key: example_without_data(value, batch) for key, value in inputs.items()}
+    stand_ins = _without_data(inputs)
     device = next(iter(inputs.values())).device
     recorder = Recorder(model, stand_ins, device, leaves)
     lost: list[str] = []
@@ -225,7 +223,7 @@ def _record_exported(model: nn.Module, example: Inputs, *, training: bool) -> _R
     """
     inputs = _by_name(example)
     batch = _batch_of(inputs)
-    stand_ins = {key: example_without_data(value, batch) for key, value in inputs.items()}
+    stand_ins = _without_data(inputs)
     device = next(iter(inputs.values())).device
     lost: list[str] = ["modules: the graph calls functions of their weights"]
     free = {
@@ -344,6 +342,11 @@ def _by_name(example: Inputs) -> dict[str, Tensor]:
     return dict(example) if isinstance(example, Mapping) else {"input": example}
 
 
+def _without_data(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    batch = _batch_of(inputs)
+    return {key: example_without_data(value, batch) for key, value in inputs.items()}
+
+
 def _batch_of(inputs: Mapping[str, Tensor]) -> int:
     return max((len(value) for value in inputs.values() if value.ndim), default=0)
 
@@ -374,8 +377,8 @@ def _drop_unread(graph: fx.Graph, *, training: bool) -> None:
     for node in reversed(graph.nodes):
         if node.users or node.op in ("placeholder", "output") or node.meta.get("keeps_state"):
             continue
-        may_draw = node.op == "call_module" or node.target not in (operator.getitem,)
-        if training and may_draw and isinstance(node.meta["val"], Tensor) and node.op != "get_attr":
+        may_draw = node.op != "get_attr" and node.target is not operator.getitem
+        if training and may_draw and isinstance(node.meta["val"], Tensor):
             continue
         graph.erase_node(node)
 

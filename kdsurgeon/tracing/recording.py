@@ -132,7 +132,7 @@ class Recorder(TorchFunctionMode):
         written = {id(tensor) for tensor, version in before if tensor._version != version}
         if not written and next(tensors_in(result), None) is None:
             return result
-        if isinstance(result, (tuple, list)) and len(result) % BATCH == 0:
+        if isinstance(result, (tuple, list)) and result and len(result) % BATCH == 0:
             raise DataDependent("the model loops over the samples of a batch")
         kind, target = _kind_of(func)
         return self._record(kind, target, args, kwargs, result, written)
