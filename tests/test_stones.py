@@ -255,6 +255,32 @@ def test_the_forecast_is_the_formula():
     assert last == 2 * head + 3 * adapter
 
 
+def test_the_forecast_of_time_adds_the_memory_that_is_moved():
+    plan = planned("residual", "residual")
+    teacher, student = plan.teacher.cost, plan.student.cost
+
+    def memory(teacher_times: int, student_times: int, batch: int) -> float:
+        moved = teacher_times * teacher.activation_bytes + student_times * student.activation_bytes
+        read = teacher_times * teacher.parameters + student_times * student.parameters
+        return 12 * moved + 64 * read / batch
+
+    plain = forecast(plan, (), batch=8)
+    assert plain.distillation_time == plain.with_stones_time
+    assert plain.distillation_time == plain.distillation + memory(1, 3, 8)
+    assert plain.time_ratio == 1.0
+
+
+def test_merged_tails_read_their_weights_once():
+    plan = planned("residual", "residual")
+    adapters = sum(forecast(plan, (depth,)).adapter_parameters for depth in (1, 2, 3))
+    longest = sum(block.cost.parameters for block in plan.teacher.blocks[1:])
+    one, two = (forecast(plan, batch=batch) for batch in (1, 2))
+    read = one.with_stones_time - one.distillation_time
+    assert 2 * (read - (two.with_stones_time - two.distillation_time)) == pytest.approx(
+        64 * (2 * longest + 3 * adapters)
+    )
+
+
 def test_the_counted_multiply_adds_of_a_step_are_the_forecast():
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -435,10 +461,10 @@ def test_no_sample_to_fit_on_is_refused():
 
 def test_a_budget_keeps_the_deepest_stones_that_fit():
     plan = planned("residual", "residual")
-    everything = forecast(plan).ratio
+    everything = forecast(plan).time_ratio
     assert within_budget(plan, everything) == (1, 2, 3)
     for depths in ((3,), (2, 3)):
-        ratio = forecast(plan, depths).ratio
+        ratio = forecast(plan, depths).time_ratio
         assert within_budget(plan, ratio + 1e-6) == depths
     with pytest.raises(PlanError, match="no stone fits a budget of 1 ×") as caught:
         within_budget(plan, 1.0)

@@ -122,9 +122,9 @@ def probe_images(count: int, source: str, teacher: Loaded, example: Tensor) -> l
     return found
 
 
-def within(plan: Plan, budget: float) -> Plan:
+def within(plan: Plan, budget: float, batch: int) -> Plan:
     """The plan with a weight for those stones only that the budget allows."""
-    depths = within_budget(plan, budget)
+    depths = within_budget(plan, budget, batch=batch)
     stones = tuple(
         stone if stone.depth in depths else replace(stone, weight=0.0) for stone in plan.stones
     )

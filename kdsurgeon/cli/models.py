@@ -97,6 +97,7 @@ def partition(
         within,
         write_text,
     )
+    from kdsurgeon.recipe import Recipe
     from kdsurgeon.stones import certify, forecast
     from kdsurgeon.views import draw_plan, explain_table, plan_page, plan_table
 
@@ -114,7 +115,7 @@ def partition(
         else None,
     )
     if ratio is not None:
-        found = within(found, ratio)
+        found = within(found, ratio, Recipe().batch_size)
     warn_if_larger(found)
     cost, proof = forecast(found), certify(found)
     out.print(plan_table(found, cost, proof))

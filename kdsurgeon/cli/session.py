@@ -30,7 +30,7 @@ from kdsurgeon.errors import Interrupted, ModelFileError, NumericsError, UsageEr
 from kdsurgeon.evaluation import Report, accuracy, evaluate
 from kdsurgeon.recipe import DataRecipe, RunConfig, read_config, write_yaml
 from kdsurgeon.runs import Run, check_is_free, environment
-from kdsurgeon.stones import Certificate, Plan, SteppingStones, certify, forecast
+from kdsurgeon.stones import Certificate, Forecast, Plan, SteppingStones, certify, forecast
 from kdsurgeon.training import Epoch, Step
 from kdsurgeon.views import accuracy_table, draw_plan, plan_table, run_report
 
@@ -102,7 +102,7 @@ def open_session(settings: RunConfig, trust: Sequence[str], plan: Path | None) -
     if settings.method == "block-kd":
         found = inputs.plan_for(teacher, student, example, plan=plan, blocks=settings.blocks)
         if settings.budget is not None:
-            found = inputs.within(found, settings.budget)
+            found = inputs.within(found, settings.budget, settings.batch_size)
     else:  # needs no cut
         found = inputs.plan_for(teacher, student, example, plan=None, blocks=0)
     inputs.check_classes(teacher, found.teacher.trace.num_classes, split)
@@ -157,10 +157,15 @@ def announce(session: Session) -> tuple[Distillation, Certificate | None]:
     say(f"teacher  {session.teacher.source}: accuracy {ready.teacher_accuracy:.2%}")
     proof = certify(plan) if plan.stones else None
     if proof:
-        out.print(plan_table(plan, forecast(plan, chosen_depths(plan, settings)), proof))
+        out.print(plan_table(plan, _forecast(session), proof))
     say(formula(plan, settings))
     say()
     return ready, proof
+
+
+def _forecast(session: Session) -> Forecast:
+    depths = chosen_depths(session.plan, session.settings)
+    return forecast(session.plan, depths, batch=session.settings.batch_size)
 
 
 def _rehearse(ready: Distillation) -> None:
@@ -218,11 +223,10 @@ def _train(session: Session, ready: Distillation, run: Run) -> None:
 
 
 def _report(session: Session, ready: Distillation, run: Run, final: Report | None) -> str:
-    depths = chosen_depths(session.plan, session.settings)
     return run_report(
         title=f"{session.teacher.name} → {session.student.name}, {session.settings.method}",
         config=write_yaml(session.settings.dump()),
-        plan_svg=draw_plan(session.plan, forecast(session.plan, depths)),
+        plan_svg=draw_plan(session.plan, _forecast(session)),
         epochs=run.metrics(),
         final=final,
         teacher_accuracy=ready.teacher_accuracy,

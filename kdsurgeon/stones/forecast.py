@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,18 +12,27 @@ from kdsurgeon.costs import Cost, module_cost, total
 from kdsurgeon.errors import PlanError
 from kdsurgeon.stones.plan import Plan, Stone
 
+# What memory costs beside arithmetic, as multiply-adds: fitted to steps on a CPU, and checked on
+# other pairs, in benchmarks/forecast.py.
+PER_ACTIVATION_BYTE = 12
+PER_WEIGHT_READ = 64
+
 
 @dataclass(frozen=True)
 class Forecast:
     """One training step per sample: plain distillation, and with these stones.
 
     Multiply-adds: backward through trained weights costs twice the forward pass, through a frozen
-    tail once: distillation T + 3 S, each stone 3 adapter + 2 tail more. Activation bytes are what
-    is kept for the backward pass: the student's, the adapters', the tails'.
+    tail once: distillation T + 3 S, each stone 3 adapter + 2 tail more. Time, in multiply-adds too,
+    adds :data:`PER_ACTIVATION_BYTE` for each byte of activations that is computed, and
+    :data:`PER_WEIGHT_READ` for each weight that is read, once a batch. Activation bytes are what is
+    kept for the backward pass: the student's, the adapters', the tails'.
     """
 
     distillation: int
     with_stones: int
+    distillation_time: float
+    with_stones_time: float
     distillation_bytes: int
     with_stones_bytes: int
     adapter_parameters: int
@@ -31,40 +40,51 @@ class Forecast:
 
     @property
     def ratio(self) -> float:
+        """Multiply-adds, relative to plain distillation."""
         return self.with_stones / max(1, self.distillation)
+
+    @property
+    def time_ratio(self) -> float:
+        """Time, relative to plain distillation: what ``--budget`` limits."""
+        return self.with_stones_time / max(1.0, self.distillation_time)
 
     @property
     def memory_ratio(self) -> float:
         return self.with_stones_bytes / max(1, self.distillation_bytes)
 
 
-def forecast(plan: Plan, depths: Collection[int] | None = None) -> Forecast:
+def forecast(plan: Plan, depths: Collection[int] | None = None, *, batch: int = 64) -> Forecast:
     """What a step costs with the stones of ``depths``, before any is run.
 
-    Left out, those are all stones that have a weight.
+    Left out, those are all stones that have a weight. The larger the ``batch``, the less the
+    weights count that it reads.
     """
     chosen = [
         stone
         for stone in plan.stones
         if (stone.weight > 0 if depths is None else stone.depth in depths)
     ]
-    plain = plan.teacher.cost.multiply_adds + 3 * plan.student.cost.multiply_adds
+    plain = [(1, plan.teacher.cost), (3, plan.student.cost)]
+    adapters_used = [adapter_cost(stone) for stone in chosen]
+    tails = [tail_cost(plan, stone) for stone in chosen]
+    extra = [(3, cost) for cost in adapters_used] + [(2, cost) for cost in tails]
+    # merged tails read their weights once: the first one's are all
+    weights = [(3, cost) for cost in adapters_used] + [(2, tail) for tail in tails[:1]]
     kept = plan.student.cost.activation_bytes
-    carried = [(adapter_cost(stone), tail_cost(plan, stone)) for stone in chosen]
-    extra = sum(3 * own.multiply_adds + 2 * tail.multiply_adds for own, tail in carried)
-    extra_bytes = sum(own.activation_bytes + tail.activation_bytes for own, tail in carried)
     return Forecast(
-        distillation=plain,
-        with_stones=plain + extra,
+        distillation=_multiply_adds(plain),
+        with_stones=_multiply_adds(plain + extra),
+        distillation_time=_time(plain, plain, batch),
+        with_stones_time=_time(plain + extra, plain + weights, batch),
         distillation_bytes=kept,
-        with_stones_bytes=kept + extra_bytes,
-        adapter_parameters=sum(own.parameters for own, _ in carried),
+        with_stones_bytes=kept + sum(cost.activation_bytes for cost in adapters_used + tails),
+        adapter_parameters=sum(cost.parameters for cost in adapters_used),
         depths=tuple(stone.depth for stone in chosen),
     )
 
 
-def within_budget(plan: Plan, ratio: float) -> tuple[int, ...]:
-    """The stones, deepest first, that a step of at most ``ratio`` × plain distillation allows.
+def within_budget(plan: Plan, ratio: float, *, batch: int = 64) -> tuple[int, ...]:
+    """The stones, deepest first, that a step of ``ratio`` × plain distillation's time allows.
 
     The deepest have the largest weight and the shortest tail.
 
@@ -73,11 +93,11 @@ def within_budget(plan: Plan, ratio: float) -> tuple[int, ...]:
     """
     chosen: tuple[int, ...] = ()
     for stone in reversed([stone for stone in plan.stones if stone.weight > 0]):
-        if forecast(plan, (stone.depth, *chosen)).ratio > ratio:
+        if forecast(plan, (stone.depth, *chosen), batch=batch).time_ratio > ratio:
             break
         chosen = (stone.depth, *chosen)
     if not chosen:
-        least = forecast(plan, (len(plan.stones),)).ratio
+        least = forecast(plan, (len(plan.stones),), batch=batch).time_ratio
         raise PlanError(
             f"no stone fits a budget of {ratio:g} × plain distillation.",
             why=f"the last stone alone needs {least:.2f} ×",
@@ -95,3 +115,17 @@ def adapter_cost(stone: Stone) -> Cost:
 def tail_cost(plan: Plan, stone: Stone) -> Cost:
     """What the teacher's blocks after the stone's boundary cost."""
     return total(block.cost for block in plan.teacher.blocks[stone.depth :])
+
+
+Passes = Sequence[tuple[int, Cost]]  # how often, what
+
+
+def _multiply_adds(passes: Passes) -> int:
+    return sum(times * cost.multiply_adds for times, cost in passes)
+
+
+def _time(passes: Passes, reads: Passes, batch: int) -> float:
+    """Per sample, in multiply-adds, when ``reads`` are the weights that a step reads."""
+    moved = sum(times * cost.activation_bytes for times, cost in passes)
+    read = sum(times * cost.parameters for times, cost in reads)
+    return _multiply_adds(passes) + PER_ACTIVATION_BYTE * moved + PER_WEIGHT_READ * read / batch

@@ -104,7 +104,7 @@ def _headings(svg: ET.Element, plan: Plan, forecast: Forecast, form: Form) -> in
     """Title, legend, and both models' names and sizes; returns how far down they reach."""
     number = len(plan.stones)
     stones = f"{number or 'no'} stepping stone{'' if number == 1 else 's'}"
-    title = f"{stones}; one training step costs {forecast.ratio:.2f} × plain distillation"
+    title = f"{stones}; a training step takes {forecast.time_ratio:.2f} × plain distillation"
     legend = (
         "Bar: share of the model's multiply-adds. Same colour: paired blocks. "
         "Arrow: an adapter feeds the student's tensor to the teacher's next block."

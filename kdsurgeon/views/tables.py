@@ -234,12 +234,12 @@ def closing_lines(
 ) -> dict[str, str]:
     """How much smaller the student is, what a step costs, and what the check of surgery found."""
     teacher, student = plan.teacher.cost, plan.student.cost
+    kept = units.ratio(forecast.with_stones_bytes, forecast.distillation_bytes)
     lines = {
         "student": f"{units.ratio(teacher.parameters, student.parameters)} fewer parameters, "
         f"{units.ratio(teacher.multiply_adds, student.multiply_adds)} fewer multiply-adds",
-        "forecast": f"one step costs {forecast.ratio:.2f} × plain distillation, "
-        f"{units.ratio(forecast.with_stones_bytes, forecast.distillation_bytes)} its activations "
-        f"({units.size(forecast.with_stones_bytes)} a sample)",
+        "forecast": f"one step: {forecast.time_ratio:.2f} × CPU time, {kept} activations of plain "
+        f"distillation ({units.size(forecast.with_stones_bytes)} a sample)",
         "adapters": f"{units.count(forecast.adapter_parameters)} parameters, gone after training",
     }
     if certificate is None:
