@@ -43,11 +43,14 @@ TEACHER = Recipe(method="ce", epochs=12, optim=OptimRecipe(lr=3e-3, warmup_epoch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    count = parser.parse_args().seeds
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="runs that have it in their name"
+    )
+    given = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {}
-    for seed in range(count):
-        for name, score, seconds in compare(seed):
+    for seed in range(given.seeds):
+        for name, score, seconds in compare(seed, given.only):
             found.setdefault(name, []).append(score)
             print(
                 json.dumps({"seed": seed, "run": name, "accuracy": score, "seconds": seconds}),
@@ -58,7 +61,7 @@ def main() -> None:
         print(f"{name:46} {statistics.mean(scores):.2%} ± {spread:.2%}")
 
 
-def compare(seed: int):
+def compare(seed: int, only: str = ""):
     """(name, accuracy after the last epoch, seconds) of every run with one seed."""
     digits = load_data("digits")
     validation = Batches(digits.val, 256, shuffle=False, seed=0)
@@ -81,9 +84,16 @@ def compare(seed: int):
             for method, epochs in (("kd", EPOCHS), ("kd", longer), ("block-kd", EPOCHS))
         ),
         ("block-kd", EPOCHS, LossRecipe(temperature=2.0, stones="last-2")),
+        *(
+            ("block-kd", EPOCHS, LossRecipe(temperature=temperature, adapter_init="least-squares"))
+            for temperature in (4.0, 2.0)
+        ),
     ]
     for method, epochs, loss in runs:
         name = f"{method}, {epochs} epochs, τ {loss.temperature:g}, stones {loss.stones}"
+        name += ", least-squares" if loss.adapter_init == "least-squares" else ""
+        if only not in name:
+            continue
         twin = copy.deepcopy(student)
         chosen = Recipe(method=method, epochs=epochs, loss=loss, optim=OPTIM, seed=seed)
         began = time.monotonic()
