@@ -13,10 +13,13 @@ used), torch 2.13.0, 2026-11-21; the raw lines are in digits.jsonl.
     KD, 70 epochs (the compute of Block-KD)     96.27% ± 0.82%     96.04% ± 0.91%
     Block-KD, 20 epochs                         92.09% ± 1.18%     93.87% ± 0.94%
     Block-KD, 20 epochs, last two stones                           91.87% ± 1.40%
+    Block-KD, 20 epochs, adapters fitted        92.71% ± 1.61%     91.96% ± 2.16%
 
 Per epoch, Block-KD at its better temperature is 1.8 points above KD at its own; at the published
 temperature of 4 it is not better. Per multiply-add it loses: plain KD for as much compute is 2.4
-points above. A student this small is far from converged after 20 epochs (440 steps), so
+points above. Adapters that start at the least-squares map from the untrained student's tensors gain
+0.6 points at one temperature and lose 1.9 at the other: no reason to make them the default. A
+student this small is far from converged after 20 epochs (440 steps), so
 whatever runs longer wins; digits cannot tell methods apart that differ by less than a point.
 """
 
