@@ -491,3 +491,22 @@ def test_a_refusal_prints_nothing_of_its_own(capfd):
     with pytest.raises(TraceError):
         trace(Branches(), models.images(2))
     assert capfd.readouterr() == ("", "")
+
+
+class ReturnsTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.auxiliary, self.head = nn.Linear(12, 5), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.auxiliary(x), self.head(x)
+
+
+def test_a_guess_of_which_output_is_the_logits_and_weights_without_a_part_in_them_are_told():
+    captured = trace(ReturnsTwo(), torch.zeros(2, 3, 4))
+    assert captured.lost == (
+        "outputs other than 0: 1",
+        "a choice: 1 could be the logits as well as 0",
+        "65 parameters, which the logits do not need, from head.weight on",
+    )

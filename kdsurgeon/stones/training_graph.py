@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from kdsurgeon import adapters
 from kdsurgeon.errors import PlanError, UsageError
 from kdsurgeon.losses import Logits
 from kdsurgeon.partitioning import Partition, activations, cut
+from kdsurgeon.stones.frozen import simplify
 from kdsurgeon.stones.plan import Plan, Stone
 from kdsurgeon.stones.surgery import (
     Values,
@@ -32,7 +33,9 @@ from kdsurgeon.stones.surgery import (
     root_of,
     state_of,
 )
-from kdsurgeon.tracing import BATCH, Inputs, Trace, trace
+from kdsurgeon.tracing import BATCH, Inputs, Trace, memory_of, trace, trace_whole
+
+TEACHER_LOGITS = "teacher_logits"  # an input beside those of the models: what the teacher gave
 
 
 class SteppingStones(nn.Module):
@@ -44,7 +47,9 @@ class SteppingStones(nn.Module):
     the caller does, and receives no gradient. In evaluation mode the evaluation graph runs.
     """
 
-    def __init__(self, plan: Plan, depths: tuple[int, ...], *, merge: bool, seed: int) -> None:
+    def __init__(
+        self, plan: Plan, depths: tuple[int, ...], *, merge: bool, fold: bool, seed: int
+    ) -> None:
         super().__init__()
         self.student = plan.student.trace.model
         self.adapters = nn.ModuleDict(
@@ -60,14 +65,21 @@ class SteppingStones(nn.Module):
         self.adapters.to(_device(self.student), _dtype(self.student))
         self.depths = depths
         self.teacher = _Hidden(frozen_twins(plan.teacher.trace))
+        self._synthesis = _Synthesis(plan, self, merge=merge, fold=fold)
         self._graphs = {
-            training: _training_graph(plan, self, training=training, merge=merge)
-            for training in (True, False)
+            (mode, depths, False): self._synthesis.graph(mode, depths, False)
+            for mode in (True, False)
         }
         self.train()
 
-    def forward(self, inputs: Inputs) -> Logits:
-        graph = self._graphs[self.training]
+    def forward(self, inputs: Inputs, depths: Sequence[int] | None = None) -> Logits:
+        """The logits of all stones, or of those of ``depths`` only.
+
+        Where ``inputs`` holds "teacher_logits" (batch, classes), the teacher's own pass is not run.
+        """
+        is_cached = not isinstance(inputs, Tensor) and TEACHER_LOGITS in inputs
+        chosen = self.depths if depths is None else tuple(sorted(depths))
+        graph = self._graph(chosen, is_cached)
         names = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
         given = {names[0]: inputs} if isinstance(inputs, Tensor) else inputs
         missing = [name for name in names if name not in given]
@@ -80,7 +92,21 @@ class SteppingStones(nn.Module):
         values = [given[name] for name in names]
         # not by calling it: torch.fx prints to standard error when a graph module raises
         student, stones, teacher = graph.forward(*values)
-        return Logits(student, stones, teacher, self.depths)
+        return Logits(student, stones, teacher, chosen)
+
+    def _graph(self, depths: tuple[int, ...], is_cached: bool) -> fx.GraphModule:
+        key = self.training, depths, is_cached
+        if key not in self._graphs:
+            for depth in depths:
+                if depth not in self.depths:
+                    raise UsageError(
+                        f"there is no stone of depth {depth}.",
+                        known=", ".join(map(str, self.depths)) or "none",
+                        fix="give synthesize the depths that the steps will use",
+                    )
+            self._graphs[key] = self._synthesis.graph(*key)
+            self.train(self.training)
+        return self._graphs[key]
 
     def train(self, mode: bool = True) -> SteppingStones:
         super().train(mode)
@@ -107,15 +133,16 @@ class _Hidden:
 
 
 class _CleanPass(nn.Module):
-    """The teacher's own logits, without gradient."""
+    """The teacher's own logits, without gradient; inputs that it overwrites stay as they are."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, written: Collection[int]) -> None:
         super().__init__()
-        self.graph_module = graph_module
+        self.graph_module, self.written = graph_module, written
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        own = [x.clone() if index in self.written else x for index, x in enumerate(inputs)]
         with torch.no_grad():
-            return self.graph_module.forward(*inputs)
+            return self.graph_module.forward(*own)
 
 
 def synthesize(
@@ -123,6 +150,7 @@ def synthesize(
     *,
     depths: Sequence[int] | None = None,
     merge: bool | None = None,
+    fold: bool = True,
     seed: int = 0,
 ) -> SteppingStones:
     """The training graph of a plan.
@@ -130,6 +158,8 @@ def synthesize(
     Args:
         depths: which stones to build, all by default; none gives plain distillation.
         merge: run all tails as one batch (the default wherever that is exact) or one by one.
+        fold: let the teacher's batch normalisation be part of its convolutions, and keep for the
+            backward pass only what a frozen network needs. Changes its logits by rounding.
         seed: of the adapters' initial weights.
 
     Raises:
@@ -165,7 +195,7 @@ def synthesize(
             fix="leave merge out; the tails then run one by one",
         )
     merged = not mixing if merge is None else merge
-    return SteppingStones(plan, chosen, merge=merged, seed=seed)
+    return SteppingStones(plan, chosen, merge=merged, fold=fold, seed=seed)
 
 
 def _check_are_two(plan: Plan) -> None:
@@ -190,38 +220,81 @@ def _check_precision(plan: Plan) -> None:
         )
 
 
-def _training_graph(
-    plan: Plan, stones: SteppingStones, *, training: bool, merge: bool
-) -> fx.GraphModule:
-    student, teacher = _in_mode(plan.student, training=training), plan.teacher
-    graph = fx.Graph()
-    inputs = _placeholders(graph, (student.trace, teacher.trace))
-    clean = graph.call_module("teacher", tuple(inputs[name] for name in teacher.trace.inputs))
-    walk = Walk(student, _given(student.trace, inputs))
-    context = context_inputs(teacher.trace, _given(teacher.trace, inputs))
-    ends = [*block_sources(teacher)[1:], [teacher.trace.logits]]
-    tails: list[_Tail] = []
-    for depth, sources in enumerate(block_sources(teacher)):
-        if depth in stones.depths:
-            tails.append(_Tail(_adapted(graph, plan.stones[depth - 1], walk.at(depth)), 1))
-        if merge and len(tails) > 1:
-            tails = [_merged(graph, tails)]
-        for index, tail in enumerate(tails):
-            boundary = dict(zip(sources, tail.tensors, strict=True)) | context
-            values = graft(graph, teacher.blocks[depth].nodes, boundary, {}, "tail.") | boundary
-            tails[index] = _Tail([values[node] for node in ends[depth]], tail.count)
-        walk.step(graph, depth, "student.")
-    graph.output((walk.values[student.trace.logits], _stack(graph, tails, clean), clean))
-    graph.lint()
-    modules: dict[str, Any] = {"teacher": _CleanPass(_twin_graph(plan, stones))}
-    modules |= {
-        f"adapters.{depth}.{index}": adapter
-        for depth, group in stones.adapters.items()
-        for index, adapter in enumerate(group)  # pyright: ignore[reportArgumentType]
-    }
-    modules |= {f"tail.{target}": twin for target, twin in stones.teacher.by_target.items()}
-    modules |= {f"student.{target}": own for target, own in state_of(student.trace).items()}
-    return fx.GraphModule(root_of(modules), graph)
+class _Synthesis:
+    """Makes the training graphs of one set of stones; they share everything but their nodes."""
+
+    def __init__(self, plan: Plan, stones: SteppingStones, *, merge: bool, fold: bool) -> None:
+        self.plan, self.merge, self.fold = plan, merge, fold
+        self.teacher_state = stones.teacher.by_target
+        self.adapters = {
+            f"adapters.{depth}.{index}": adapter
+            for depth, group in stones.adapters.items()
+            for index, adapter in enumerate(group)  # pyright: ignore[reportArgumentType]
+        }
+        self.clean = self._clean_pass()
+        self._students: dict[bool | None, Partition] = {}
+
+    def graph(self, training: bool, depths: tuple[int, ...], is_cached: bool) -> fx.GraphModule:
+        student, teacher = self._student(training, depths), self.plan.teacher
+        graph = fx.Graph()
+        inputs = _placeholders(graph, (student.trace, teacher.trace))
+        clean = (
+            graph.placeholder(TEACHER_LOGITS)
+            if is_cached
+            else graph.call_module("teacher", tuple(inputs[name] for name in teacher.trace.inputs))
+        )
+        walk = Walk(student, _given(student.trace, inputs))
+        context = context_inputs(teacher.trace, _given(teacher.trace, inputs))
+        ends = [*block_sources(teacher)[1:], [teacher.trace.logits]]
+        tails: list[_Tail] = []
+        for depth, sources in enumerate(block_sources(teacher)):
+            if depth in depths:
+                stone = self.plan.stones[depth - 1]
+                tails.append(_Tail(_adapted(graph, stone, walk.at(depth)), 1))
+            if self.merge and len(tails) > 1:
+                tails = [_merged(graph, tails)]
+            for index, tail in enumerate(tails):
+                boundary = dict(zip(sources, tail.tensors, strict=True)) | context
+                values = graft(graph, teacher.blocks[depth].nodes, boundary, {}, "tail.") | boundary
+                tails[index] = _Tail([values[node] for node in ends[depth]], tail.count)
+            if depth < len(student.blocks):  # one alone, where no stone reads from inside
+                walk.step(graph, depth, "student.")
+        graph.output((walk.values[student.trace.logits], _stack(graph, tails, clean), clean))
+        if self.fold:
+            simplify(graph, self.teacher_state, "tail.")
+        graph.lint()
+        state = {"teacher": self.clean} | self.adapters
+        state |= {f"tail.{target}": twin for target, twin in self.teacher_state.items()}
+        state |= {f"student.{target}": own for target, own in state_of(student.trace).items()}
+        return fx.GraphModule(root_of(state), graph)
+
+    def _student(self, training: bool, depths: tuple[int, ...]) -> Partition:
+        """Its graph in that mode; where no stone reads from inside, it is called as it is."""
+        key = training if depths else None
+        if key not in self._students:
+            own = self.plan.student
+            self._students[key] = _in_mode(own, training=training) if depths else _as_it_is(own)
+        return self._students[key]
+
+    def _clean_pass(self) -> _CleanPass:
+        graph = copy.deepcopy(self.plan.teacher.trace.graph_module.graph)
+        if self.fold:
+            simplify(graph, self.teacher_state)
+        return _CleanPass(
+            fx.GraphModule(root_of(self.teacher_state), graph),
+            _written_inputs(self.plan.teacher.trace),
+        )
+
+
+def _written_inputs(whole: Trace) -> frozenset[int]:
+    """The positions of the inputs that a model overwrites; of one called as a whole, all."""
+    targets = (each for node in whole.nodes.values() for each in node.meta.get("writes", ()))
+    written = {memory_of(target) for target in targets}
+    return frozenset(
+        index
+        for index, node in enumerate(whole.placeholders)
+        if whole.rung == "whole" or memory_of(node) in written
+    )
 
 
 @dataclass(frozen=True)
@@ -271,18 +344,17 @@ def _stack(graph: fx.Graph, tails: list[_Tail], clean: fx.Node) -> fx.Node:
     return stacked[0] if len(stacked) == 1 else graph.call_function(torch.cat, (stacked,))
 
 
+def _as_it_is(whole: Partition) -> Partition:
+    own = whole.trace
+    return cut(trace_whole(own.model, own.example, name=own.name), ())
+
+
 def _in_mode(whole: Partition, *, training: bool) -> Partition:
     """The same cuts in the graph of the other mode, found by name."""
     if not training or whole.trace.rung == "whole":
         return whole
     captured = trace(whole.trace.model, whole.trace.example, name=whole.trace.name, training=True)
     return cut(captured, whole.cuts)
-
-
-def _twin_graph(plan: Plan, stones: SteppingStones) -> fx.GraphModule:
-    return fx.GraphModule(
-        root_of(stones.teacher.by_target), copy.deepcopy(plan.teacher.trace.graph_module.graph)
-    )
 
 
 def _mixes_samples(teacher: Partition) -> str | None:

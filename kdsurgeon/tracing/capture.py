@@ -29,7 +29,7 @@ from kdsurgeon.tracing.outputs import (
     find_logits,
     in_mode,
     logits_in,
-    others_in,
+    lost_beside,
 )
 from kdsurgeon.tracing.recording import DataDependent, Recorder, Unsupported, unchanged
 from kdsurgeon.tracing.values import BATCH, batch_axis, example_without_data
@@ -210,10 +210,32 @@ def _record(
     arguments = stand_ins if isinstance(example, Mapping) else stand_ins["input"]
     try:
         with in_mode(model, training=training), unchanged(model), torch.enable_grad():
+            buffers = _persistent_buffers(model)
             graph = recorder.record(partial(_logits, model, arguments, lost))
+            _refuse_new_buffers(buffers, _persistent_buffers(model))
     except Exception as error:
         return _Failure(error, recorder.last, recorder.failed_in)
     return _Recorded(graph, recorder.constants, recorder.seen_leaves, tuple(lost))
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor | None]:
+    """Every buffer that belongs to the model's state, by name; the others are caches."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, module in model.named_modules()
+        for name, value in module._buffers.items()
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def _refuse_new_buffers(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """A graph writes into tensors; it cannot put another one into their place."""
+    for name, value in after.items():
+        if value is not before.get(name):
+            raise Unsupported(
+                f"the model puts another tensor into the place of its buffer {name} while it runs "
+                "(write into it instead: .copy_, .mul_, .add_)"
+            )
 
 
 def _record_exported(model: nn.Module, example: Inputs, *, training: bool) -> _Recorded | _Failure:
@@ -300,9 +322,7 @@ def _logits(model: nn.Module, inputs: Inputs, lost: list[str]) -> Tensor:
     found = find_logits(result)
     if found is None:
         raise _NoLogits(describe(result))
-    beside = others_in(result, found[0])
-    if beside:
-        lost.append(f"outputs other than {found[0]}: {', '.join(beside)}")
+    lost += lost_beside(result, found[0])
     return found[1]
 
 
@@ -333,9 +353,10 @@ def _finish(
     for module in graph_module.modules():  # containers only: leaves are the model's own
         if module not in recorded.layers:
             module.training = training
+    lost = [*recorded.lost, *_unread_weights(graph_module, model)]
     paths = sorted(path for path, module in model.named_modules() if module in leaves)
     rung = f"{recorded.rung}, whole: {', '.join(paths)}" if paths else recorded.rung
-    return Trace(name, model, graph_module, example, training, rung, recorded.lost)
+    return Trace(name, model, graph_module, example, training, rung, tuple(lost))
 
 
 def _by_name(example: Inputs) -> dict[str, Tensor]:
@@ -381,6 +402,19 @@ def _drop_unread(graph: fx.Graph, *, training: bool) -> None:
         if training and may_draw and isinstance(node.meta["val"], Tensor):
             continue
         graph.erase_node(node)
+
+
+def _unread_weights(graph_module: fx.GraphModule, model: nn.Module) -> Iterator[str]:
+    """How many parameters have no part in the logits."""
+    read: set[int] = set()
+    for node in graph_module.graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            found = operator.attrgetter(str(node.target))(graph_module)
+            read.update(map(id, found.parameters() if isinstance(found, nn.Module) else [found]))
+    unread = [(name, own) for name, own in model.named_parameters() if id(own) not in read]
+    if unread:
+        count = sum(own.numel() for _, own in unread)
+        yield f"{count:,} parameters, which the logits do not need, from {unread[0][0]} on"
 
 
 def _smallest_leaf(model: nn.Module, path: str | None, leaves: set[nn.Module]) -> nn.Module | None:

@@ -78,10 +78,24 @@ def find_logits(result: Any) -> tuple[str, Tensor] | None:
     return next(((f"{name}.{inner[0]}", inner[1]) for name, inner in nested if inner), None)
 
 
-def others_in(result: Any, chosen: str) -> tuple[str, ...]:
-    """The names of the tensors that stand beside the chosen one."""
-    head = chosen.partition(".")[0]
-    return tuple(name for name, value in _items(result) if name != head and value is not None)
+def lost_beside(result: Any, chosen: str) -> Iterator[str]:
+    """What a graph that returns the chosen tensor alone lacks, and what it may have taken wrongly.
+
+    >>> import torch
+    >>> list(lost_beside((torch.zeros(2, 3), torch.zeros(2, 3)), "0"))
+    ['outputs other than 0: 1', 'a choice: 1 could be the logits as well as 0']
+    """
+    head, _, inner = chosen.partition(".")
+    items = dict(_items(result))
+    others = {name: value for name, value in items.items() if name != head and value is not None}
+    if others:
+        yield f"outputs other than {chosen}: {', '.join(others)}"
+    if chosen in _LOGITS or inner:
+        return
+    shape = items[chosen].shape
+    alike = [name for name, value in others.items() if getattr(value, "shape", None) == shape]
+    if alike:
+        yield f"a choice: {' and '.join(alike)} could be the logits as well as {chosen}"
 
 
 def _items(result: Any) -> Iterator[tuple[str, Any]]:

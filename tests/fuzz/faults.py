@@ -127,8 +127,8 @@ def a_stone_starts_from_the_boundary_before() -> AbstractContextManager[None]:
         module.recompile()
         return module
 
-    original = training_graph._training_graph
-    return _replaced((training_graph, "_training_graph", crossed))
+    original = training_graph._Synthesis.graph
+    return _replaced((training_graph._Synthesis, "graph", crossed))
 
 
 def a_boundary_is_overwritten() -> AbstractContextManager[None]:

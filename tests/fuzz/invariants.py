@@ -99,7 +99,7 @@ class Subject:
         """Onto a copy of itself, the student's tensors handed over as they are."""
         pairs = self.plan.alignment.boundaries
         stones = tuple(map(_without_adapters, self.plan.stones, pairs))
-        return surgery.synthesize(replace(self.plan, stones=stones), merge=False)
+        return surgery.synthesize(replace(self.plan, stones=stones), merge=False, fold=False)
 
     @cached_property
     def adapted_stones(self) -> SteppingStones:
