@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,11 +17,27 @@ from kdsurgeon.evaluation import accuracy
 from kdsurgeon.losses import Losses, block_kd_loss, kl, task_loss
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Checkpoint, Run
-from kdsurgeon.stones import Plan, SteppingStones, fit_adapters, partition, synthesize
-from kdsurgeon.tracing import in_mode, logits_in, logits_of
-from kdsurgeon.training import Epoch, LossFunction, Step, TrainingState, start, train
-
-Batches = Iterable[tuple[Tensor, Tensor]]
+from kdsurgeon.stones import (
+    TEACHER_LOGITS,
+    Plan,
+    SteppingStones,
+    chosen_depths,
+    fit_adapters,
+    partition,
+    stones_at,
+    synthesize,
+)
+from kdsurgeon.tracing import Inputs, in_mode, logits_of
+from kdsurgeon.training import (
+    Batches,
+    Epoch,
+    Moment,
+    Objective,
+    Step,
+    TrainingState,
+    start,
+    train,
+)
 
 
 def distill(
@@ -58,7 +74,7 @@ class Distillation:
     """A run with everything decided and checked, one call away from its first step."""
 
     model: nn.Module
-    loss: LossFunction
+    objective: Objective
     plan: Plan | None
     batches: Batches
     recipe: Recipe
@@ -92,7 +108,13 @@ class Distillation:
         if run is not None:
             _resume(self, state, run)
         for epoch in train(
-            self.model, self.loss, self.batches, self.recipe, state=state, stop=stop, watch=watch
+            self.model,
+            self.objective,
+            self.batches,
+            self.recipe,
+            state=state,
+            stop=stop,
+            watch=watch,
         ):
             if self.validation is not None and epoch.is_complete:
                 epoch = replace(epoch, accuracy=accuracy(self.student, self.validation))
@@ -114,15 +136,12 @@ def prepare(
     example, target = _first_batch(batches)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise UsageError("no weight of the student requires a gradient: there is nothing to train.")
-    example = example[:2].to(next(student.parameters()).device)
+    example = _few(example, next(student.parameters()).device)
     if plan is None:
         blocks = "auto" if recipe.method == "block-kd" else 0
         plan = partition(teacher, student, example, blocks=blocks)
     classes = plan.student.trace.num_classes
-    if target.min() < 0 or target.max() >= classes:
-        raise UsageError(
-            f"a label is {int(target.max())}; the models have {classes} classes, counted from 0."
-        )
+    _check_labels(target, classes, recipe.loss.ignore_index)
     measured = None if validation is None else check_teacher(teacher, validation)
     if recipe.method == "ce":
         return _alone(student, batches, recipe, validation, measured)
@@ -136,29 +155,74 @@ def prepare(
     stones = synthesize(plan, depths=chosen_depths(plan, recipe), seed=recipe.seed)
     if recipe.loss.adapter_init == "least-squares" and stones.depths:
         device = next(student.parameters()).device
-        fit_adapters(stones, plan, (images.to(device) for images, _ in batches))
-    loss = loss_function(plan, recipe, stones.depths)
+        fit_adapters(stones, plan, (_few(inputs, device, None) for inputs, _ in batches))
+    loss = objective(stones, plan, recipe)
     return Distillation(stones, loss, plan, batches, recipe, validation, measured)
 
 
-def _first_batch(batches: Batches) -> tuple[Tensor, Tensor]:
-    """The images and labels of the first batch, if that is what the batches hold."""
+def _few(inputs: Inputs, device: torch.device, count: int | None = 2) -> Inputs:
+    """The first samples, without the teacher's logits, which no model takes."""
+    if isinstance(inputs, Tensor):
+        return inputs[:count].to(device)
+    few = {name: x[:count].to(device) for name, x in inputs.items() if name != TEACHER_LOGITS}
+    return few["input"] if list(few) == ["input"] else few
+
+
+def _first_batch(batches: Batches) -> tuple[Inputs, Tensor]:
+    """The inputs and labels of the first batch, if that is what the batches hold."""
     first: Any = next(iter(batches), None)
     pair = isinstance(first, tuple | list) and len(first) == 2
-    if not pair or not all(isinstance(each, Tensor) for each in first):
+    if not pair or not _are_inputs(first[0]) or not isinstance(first[1], Tensor):
         kind = "nothing" if first is None else f"a {type(first).__name__}"
         raise UsageError(
             f"the batches hold {kind}, not pairs of tensors (images, labels).",
-            fix="give a DataLoader whose batches are (images, labels)",
+            fix="give a DataLoader whose batches are (images, labels), or ({name: tensor}, labels)",
         )
-    images, target = first
-    if not images.is_floating_point() or target.dtype != torch.int64 or target.ndim != 1:
+    inputs, target = first
+    is_image = isinstance(inputs, Tensor) and not inputs.is_floating_point()
+    is_index = target.dtype == torch.int64 and target.ndim == 1
+    is_share = target.is_floating_point() and target.ndim == 2
+    if is_image or not (is_index or is_share):
         raise UsageError(
-            f"a batch holds images of {images.dtype} and labels of {target.dtype} with "
+            f"a batch holds {_dtypes(inputs)} and labels of {target.dtype} with "
             f"{target.ndim} axes.",
-            fix="give normalised images of float32, and class indices of int64, one per image",
+            fix="give normalised images of float32, and class indices of int64, one per image, or "
+            "the shares of all classes (batch, classes)",
         )
-    return images, target
+    return inputs, target
+
+
+def _are_inputs(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(each, Tensor) for each in value.values())
+    return isinstance(value, Tensor)
+
+
+def _dtypes(inputs: Inputs) -> str:
+    if isinstance(inputs, Tensor):
+        return f"images of {inputs.dtype}"
+    return f"inputs of {', '.join(str(value.dtype) for value in inputs.values())}"
+
+
+def _check_labels(target: Tensor, classes: int, ignored: int | None) -> None:
+    if target.is_floating_point():
+        shares = target.sum(-1)
+        if target.shape[-1] != classes or bool(
+            (target < 0).any() | ((shares - 1).abs() > 1e-3).any()
+        ):
+            raise UsageError(
+                f"the labels are shares of {target.shape[-1]} classes; the models have {classes}.",
+                why="each row must hold numbers of 0 or more that sum to 1",
+                fix="give class indices, or what mixup and cutmix make of them: (batch, classes)",
+            )
+        return
+    counted = target if ignored is None else target[target != ignored]
+    if len(counted) and (counted.min() < 0 or counted.max() >= classes):
+        wrong = counted.max() if counted.max() >= classes else counted.min()
+        raise UsageError(
+            f"a label is {int(wrong)}; the models have {classes} classes, counted from 0.",
+            fix="loss.ignore_index names the label of samples that are not to be counted",
+        )
 
 
 def train_alone(
@@ -175,8 +239,9 @@ def _alone(
     validation: Batches | None,
     teacher_accuracy: float | None,
 ) -> Distillation:
-    def loss(logits: Any, target: Tensor, _: float) -> Losses:
-        return task_loss(logits_in(logits), target, label_smoothing=recipe.loss.label_smoothing)
+    def loss(inputs: Inputs, target: Tensor, _: Moment) -> Losses:
+        smoothing = recipe.loss.label_smoothing
+        return task_loss(logits_of(model, inputs), target, label_smoothing=smoothing)
 
     return Distillation(model, loss, None, batches, recipe, validation, teacher_accuracy)
 
@@ -188,10 +253,10 @@ def check_teacher(teacher: nn.Module, validation: Batches) -> float:
         NumericsError: it is near chance, so there is nothing to learn from it.
     """
     measured = accuracy(teacher, validation)
-    images, _ = next(iter(validation))
+    inputs, _ = next(iter(validation))
     with in_mode(teacher, training=False), torch.inference_mode():
-        first = images[:2].to(next(teacher.parameters()).device)
-        classes = logits_of(teacher, first).shape[-1]
+        few = _few(inputs, next(teacher.parameters()).device)
+        classes = logits_of(teacher, few).shape[-1]
     if measured < 1.5 / classes:
         raise NumericsError(
             f"the teacher's accuracy is {measured:.1%}, near chance ({1 / classes:.1%}).",
@@ -202,56 +267,26 @@ def check_teacher(teacher: nn.Module, validation: Batches) -> float:
     return measured
 
 
-def chosen_depths(plan: Plan, recipe: Recipe) -> tuple[int, ...]:
-    """The stones that a recipe asks for: ``all``, ``last-K``, ``drop-first`` or a list of depths.
-
-    They are taken from those to which the plan gives a weight.
-
-    Raises:
-        PlanError: a stone that the plan lacks.
-    """
-    known = [stone.depth for stone in plan.stones if stone.weight > 0]
-    wanted = recipe.loss.stones
-    if recipe.method == "kd":
-        return ()
-    if wanted == "all":
-        return tuple(known)
-    if wanted == "drop-first":
-        return tuple(known[1:])
-    if isinstance(wanted, str):
-        count = int(wanted.removeprefix("last-"))
-        if count > len(known):
-            raise PlanError(
-                f"loss.stones is {wanted}, but the plan has {len(known)} stones.",
-                fix=f"last-{len(known)} or fewer, or plan more blocks with --blocks",
-            )
-        return tuple(known[-count:])
-    return tuple(wanted)
-
-
-def loss_function(plan: Plan, recipe: Recipe, depths: tuple[int, ...]) -> LossFunction:
-    """The recipe's objective for these stones, as a function of the progress of the run."""
-    distance = (
-        plugins.load("distances", recipe.loss.distance) if recipe.loss.distance != "kl" else kl
-    )
-    weights = [stone.weight for stone in plan.stones if stone.depth in depths]
+def objective(stones: SteppingStones, plan: Plan, recipe: Recipe) -> Objective:
+    """The recipe's loss of a batch, through the stones that are trained at that moment."""
     numbers = recipe.loss
+    distance = plugins.load("distances", numbers.distance) if numbers.distance != "kl" else kl
 
-    def loss(logits: Any, target: Tensor, progress: float) -> Losses:
-        warm = (
-            min(1.0, progress * recipe.epochs / numbers.stone_warmup)
-            if numbers.stone_warmup
-            else 1.0
-        )
+    def loss(inputs: Inputs, target: Tensor, moment: Moment) -> Losses:
+        weights = stones_at(plan, recipe, moment.progress, moment.step)
+        rise = moment.progress * recipe.epochs / (numbers.stone_warmup or 1e-9)
         return block_kd_loss(
-            logits,
+            stones(inputs, tuple(weights)),
             target,
-            weights=[weight * warm for weight in weights],
+            weights=[weight * min(1.0, rise) for weight in weights.values()]
+            if numbers.stone_warmup
+            else tuple(weights.values()),
             ce_weight=numbers.ce_weight,
             kd_weight=numbers.kd_weight,
-            cross_weight=numbers.cross_weight if progress >= numbers.cross_start else 0.0,
+            cross_weight=numbers.cross_weight if moment.progress >= numbers.cross_start else 0.0,
             temperature=numbers.temperature,
             label_smoothing=numbers.label_smoothing,
+            ignore_index=numbers.ignore_index,
             distance=distance,
         )
 
@@ -274,7 +309,18 @@ def formula(plan: Plan, recipe: Recipe) -> str:
         begins = int(numbers.cross_start * recipe.epochs) + 1
         lines.append(f"  + {numbers.cross_weight:g}·[{cross}] from epoch {begins}, E = mean of N")
     lines.append(f"  τ = {tau}; S student, T teacher, N stepping stones")
+    sets = [(0.0, numbers.stones), *numbers.stone_schedule] if stones else []
+    for begins, stone_set in sets:
+        when = f"from epoch {int(begins * recipe.epochs) + 1}, " if begins else ""
+        if stone_set == "random":
+            lines.append(f"  {when}one N a step, drawn as often as its factor says")
+        elif len(sets) > 1:
+            lines.append(f"  {when or 'at first '}the stones {_set_in_words(stone_set)}")
     return "\n".join(lines)
+
+
+def _set_in_words(stones: str | tuple[int, ...]) -> str:
+    return stones if isinstance(stones, str) else ", ".join(map(str, stones))
 
 
 def _resume(ready: Distillation, state: TrainingState, run: Run) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdsurgeon.errors import DataError
 from kdsurgeon.stones import SteppingStones
-from kdsurgeon.tracing import in_mode, logits_of
+from kdsurgeon.tracing import Inputs, in_mode, logits_of, move
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Report:
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def accuracy(model: nn.Module, batches: Iterable[tuple[Inputs, Tensor]]) -> float:
     """The share of samples whose largest logit is the right class; in evaluation mode.
 
     >>> images, labels = torch.eye(4).reshape(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
@@ -36,9 +36,9 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     """
     right, seen = 0, 0
     with in_mode(model, training=False):
-        for images, target in batches:
-            images, target = _to(model, images), _to(model, target)
-            right += int((logits_of(model, images).argmax(-1) == target).sum())
+        for inputs, target in batches:
+            inputs, target = move(inputs, _device(model)), target.to(_device(model))
+            right += int((logits_of(model, inputs).argmax(-1) == target).sum())
             seen += len(target)
     if not seen:
         raise DataError("there is no sample to measure accuracy on.")
@@ -46,7 +46,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
 
 
 @torch.inference_mode()
-def evaluate(stones: SteppingStones, batches: Iterable[tuple[Tensor, Tensor]]) -> Report:
+def evaluate(stones: SteppingStones, batches: Iterable[tuple[Inputs, Tensor]]) -> Report:
     """Accuracy of student, teacher and each stone, from one pass of the training graph."""
     right = torch.zeros(len(stones.depths) + 2)
     agree = torch.zeros(len(stones.depths) + 1)
@@ -54,12 +54,12 @@ def evaluate(stones: SteppingStones, batches: Iterable[tuple[Tensor, Tensor]]) -
     was_training = stones.training
     stones.eval()
     try:
-        for images, target in batches:
-            logits = stones(_to(stones, images))
+        for inputs, target in batches:
+            logits = stones(move(inputs, _device(stones)))
             learners = torch.cat([logits.student[None], logits.stones]).argmax(-1)
             teacher = logits.teacher.argmax(-1)
             answers = torch.cat([learners, teacher[None]])
-            right += (answers == _to(stones, target)).sum(-1).cpu()
+            right += (answers == target.to(_device(stones))).sum(-1).cpu()
             agree += (learners == teacher).sum(-1).cpu()
             seen += len(target)
     finally:
@@ -78,6 +78,5 @@ def evaluate(stones: SteppingStones, batches: Iterable[tuple[Tensor, Tensor]]) -
     )
 
 
-def _to(model: nn.Module, values: Tensor) -> Tensor:
-    parameter = next(model.parameters(), None)
-    return values if parameter is None else values.to(parameter.device)
+def _device(model: nn.Module) -> torch.device:
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))

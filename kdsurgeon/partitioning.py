@@ -77,14 +77,19 @@ class Block:
 
 @dataclass(frozen=True)
 class Partition:
-    """A trace cut into blocks; the blocks in order rebuild the trace."""
+    """A trace cut into blocks; the blocks in order rebuild the trace.
+
+    ``carried`` names, for each cut, what else is still needed there: see :func:`recut`.
+    """
 
     trace: Trace
     cuts: tuple[CutPoint, ...]
     blocks: tuple[Block, ...]
+    carried: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         assert len(self.blocks) == len(self.cuts) + 1
+        assert len(self.carried) in (0, len(self.cuts))
 
     @property
     def cost(self) -> Cost:
@@ -113,8 +118,40 @@ def cut(trace: Trace, cuts: Sequence[CutPoint]) -> Partition:
     Raises:
         PlanError: a cut is unknown to the trace, out of order, or not a cut point.
     """
-    costs = node_costs(trace)
     _check_cuts(trace, cuts)
+    return Partition(trace, tuple(cuts), _divide(trace, cuts))
+
+
+def recut(whole: Partition, captured: Trace) -> Partition:
+    """The model of ``whole`` in another mode, cut behind the same tensors.
+
+    More may be needed after them there: in training mode what dropout has changed is another tensor
+    than what it has not. Such tensors are carried across the cut.
+
+    Raises:
+        PlanError: a tensor of a cut is not computed in that mode.
+    """
+    nodes = activations(captured)
+    position = {node: index for index, node in enumerate(nodes)}
+    last_read = _last_reads(nodes)
+    carried = []
+    for point in whole.cuts:
+        missing = [name for name in point.names if captured.nodes.get(name) not in position]
+        if missing:
+            raise PlanError(
+                f"{captured.name} does not compute {missing[0]} in training mode.",
+                where=f"cut at {point.name}",
+                fix=f"`kdsurgeon inspect {captured.name}` lists the cut points",
+            )
+        at = position[captured.nodes[point.main.name]]
+        alive = [node for node in nodes[: at + 1] if last_read[node] > at]
+        names = (node.meta["qualname"] for node in alive)
+        carried.append(tuple(name for name in names if name not in point.names))
+    return Partition(captured, whole.cuts, _divide(captured, whole.cuts), tuple(carried))
+
+
+def _divide(trace: Trace, cuts: Sequence[CutPoint]) -> tuple[Block, ...]:
+    costs = node_costs(trace)
     ends = {trace.nodes[point.main.name] for point in cuts}
     read = _ancestors(trace)
     blocks: list[list[fx.Node]] = [[] for _ in range(len(cuts) + 1)]
@@ -128,13 +165,9 @@ def cut(trace: Trace, cuts: Sequence[CutPoint]) -> Partition:
             place[node] = max((place.get(other, 0) for other in node.all_input_nodes), default=0)
         blocks[place[node]].append(node)
         current += node in ends
-    return Partition(
-        trace,
-        tuple(cuts),
-        tuple(
-            Block(tuple(block), total(costs[node.meta["qualname"]] for node in block))
-            for block in blocks
-        ),
+    return tuple(
+        Block(tuple(block), total(costs[node.meta["qualname"]] for node in block))
+        for block in blocks
     )
 
 

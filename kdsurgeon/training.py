@@ -19,9 +19,20 @@ from torch import Tensor, nn
 from kdsurgeon.errors import NumericsError, UsageError
 from kdsurgeon.losses import Losses
 from kdsurgeon.recipe import OptimRecipe, Recipe
+from kdsurgeon.tracing import Inputs, move
 
-LossFunction = Callable[[Any, Tensor, float], Losses]
-"""``loss(outputs, target, progress)``; progress runs from 0 to 1 over the whole run."""
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in a run a batch stands: ``progress`` from 0 to 1, ``step`` counts batches from 0."""
+
+    progress: float
+    step: int
+
+
+Batches = Iterable[tuple[Inputs, Tensor]]
+Objective = Callable[[Inputs, Tensor, Moment], Losses]
+"""``objective(inputs, target, moment)`` runs the model; the rest of training knows no model."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +120,8 @@ def start(model: nn.Module, recipe: Recipe) -> TrainingState:
 
 def train(
     model: nn.Module,
-    loss: LossFunction,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    objective: Objective,
+    batches: Batches,
     recipe: Recipe,
     *,
     state: TrainingState | None = None,
@@ -120,9 +131,10 @@ def train(
     """Train ``model`` in place, yielding after every epoch.
 
     Args:
-        model: maps images to what ``loss`` takes as outputs; all its parameters are trained.
-        batches: pairs of images (batch, channels, height, width) and class indices (batch,),
-            iterated anew each epoch; ``set_epoch(epoch)`` is called before, where it exists.
+        model: all its parameters are trained.
+        objective: what is minimised; runs ``model``.
+        batches: pairs of inputs, a tensor (batch, …) or several by name, and targets, iterated
+            anew each epoch; ``set_epoch(epoch)`` is called before, where it exists.
         state: go on from here; begin at the beginning when left out.
         stop: asked after every step; True ends the epoch there, incomplete.
         watch: told about every step.
@@ -139,17 +151,19 @@ def train(
         seen = state.samples
         learning_rate = 0.0
         model.train()
-        for images, target in _rest_of_epoch(batches, state):
-            progress = (state.epoch * count + state.batch) / (recipe.epochs * count)
-            learning_rate = _set_learning_rate(state.optimizer, recipe, progress)
-            images, target = images.to(device), target.to(device)
+        for inputs, target in _rest_of_epoch(batches, state):
+            step = state.epoch * count + state.batch
+            moment = Moment(step / (recipe.epochs * count), step)
+            learning_rate = _set_learning_rate(state.optimizer, recipe, moment.progress)
+            inputs, target = move(inputs, device), target.to(device)
             if layout is None:
-                layout = fastest_layout(model, images)
-            images = images.contiguous(memory_format=layout)
-            losses = _losses(model, loss, images, target, recipe, progress)
+                layout = fastest_layout(model, objective, inputs, target, moment)
+            inputs = _arranged(inputs, layout)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
+                losses = objective(inputs, target, moment)
             ends_step = (state.batch + 1) % recipe.optim.grad_accum_steps == 0
             _backward(model, losses, state, recipe, take=ends_step or state.batch + 1 == count)
-            _book(state, losses, len(images))
+            _book(state, losses, len(target))
             speed = (state.samples - seen) / max(time.monotonic() - began, 1e-9)
             watch(Step(state.epoch, state.batch, count, state.step, _means(state), speed))
             if stop() and state.batch < count:
@@ -163,7 +177,17 @@ def train(
             return
 
 
-def _count(batches: Iterable[tuple[Tensor, Tensor]]) -> int:
+def _arranged(inputs: Inputs, layout: torch.memory_format) -> Inputs:
+    """Images, alone or among others, in the layout that suits the model."""
+    if isinstance(inputs, Tensor):
+        return inputs.contiguous(memory_format=layout) if inputs.ndim == 4 else inputs
+    return {
+        name: value.contiguous(memory_format=layout) if value.ndim == 4 else value
+        for name, value in inputs.items()
+    }
+
+
+def _count(batches: Batches) -> int:
     """Batches in an epoch; the schedule needs to know it before the first step."""
     count = len(batches) if isinstance(batches, Sized) else 0
     if not count:
@@ -174,9 +198,7 @@ def _count(batches: Iterable[tuple[Tensor, Tensor]]) -> int:
     return count
 
 
-def _rest_of_epoch(
-    batches: Iterable[tuple[Tensor, Tensor]], state: TrainingState
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _rest_of_epoch(batches: Batches, state: TrainingState) -> Iterator[tuple[Inputs, Tensor]]:
     """From where the run stands; batches that can start there are not made to be skipped."""
     source: Any = batches
     if hasattr(source, "set_epoch"):
@@ -187,34 +209,26 @@ def _rest_of_epoch(
     return islice(iter(source), state.batch, None)
 
 
-def fastest_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
+def fastest_layout(
+    model: nn.Module, objective: Objective, inputs: Inputs, target: Tensor, moment: Moment
+) -> torch.memory_format:
     """Channels last, on which convolutions run 1.3 times faster, where the model can take it.
 
     A ``view`` that joins channels and positions cannot; such a model gets images as they come.
     """
-    if images.ndim != 4:
+    values = [inputs] if isinstance(inputs, Tensor) else inputs.values()
+    if not any(value.ndim == 4 for value in values):
         return torch.contiguous_format
+    few = inputs[:2] if isinstance(inputs, Tensor) else {k: v[:2] for k, v in inputs.items()}
     model.eval()  # draws nothing and moves no statistics
     try:
         with torch.no_grad():
-            model(images[:2].contiguous(memory_format=torch.channels_last))
+            objective(_arranged(few, torch.channels_last), target[:2], moment)
     except RuntimeError:
         return torch.contiguous_format
     finally:
         model.train()
     return torch.channels_last
-
-
-def _losses(
-    model: nn.Module,
-    loss: LossFunction,
-    images: Tensor,
-    target: Tensor,
-    recipe: Recipe,
-    progress: float,
-) -> Losses:
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.amp):
-        return loss(model(images), target, progress)
 
 
 def _backward(
@@ -280,11 +294,12 @@ def _epoch(
 
 
 def _optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.Optimizer:
-    """Weight decay on matrices and kernels only, as timm does: not on biases and norms."""
+    """Weight decay on matrices and kernels only, as timm does, unless the recipe says all."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    least = 0 if recipe.decay_norms else 2
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= least], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim < least], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if recipe.opt == "sgd":

@@ -3,10 +3,11 @@ from dataclasses import replace
 import networkx as nx
 import pytest
 import torch
+from torch import nn
 
 from kdsurgeon.errors import PlanError
 from kdsurgeon.layouts import describe_activations
-from kdsurgeon.partitioning import activations, cut, find_cut_points, fingerprint
+from kdsurgeon.partitioning import activations, cut, find_cut_points, fingerprint, recut
 from kdsurgeon.stones import compose
 from kdsurgeon.tracing import trace
 from tests import models
@@ -114,3 +115,32 @@ def test_a_cut_after_relu_is_known_to_be_rectified():
     assert not by_name["layers.0.add"].main.is_rectified
     linear = {point.name: point for point in find_cut_points(captured("inverted"))}
     assert not linear["units.1.7"].main.is_rectified
+
+
+class DropsInTraining(nn.Module):
+    """Writes into what dropout gives: one tensor in evaluation mode, another in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 10)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.drop(x) if self.training else x
+        y *= 2
+        return self.head((y + x).relu().mean((2, 3)))
+
+
+def test_what_only_training_mode_still_needs_is_carried_across_the_cut():
+    torch.manual_seed(0)
+    model = DropsInTraining()
+    whole = trace(model, models.images(2))
+    chosen = [point for point in find_cut_points(whole) if point.name == "mul"]
+    in_training = recut(cut(whole, chosen), trace(model, models.images(2), training=True))
+    assert in_training.carried == (("stem",),)
+    results = []
+    for run in (model.train(), compose(in_training)):
+        torch.manual_seed(1)
+        results.append(run(models.images(4)))
+    assert torch.equal(*results)

@@ -237,7 +237,7 @@ losses = st.fixed_dictionaries(
         "cross_weight": factors,
         "cross_start": numbers(0, 1),
         "temperature": positive,
-        "stones": st.sampled_from(["all", "drop-first", "last-1", "last-12"])
+        "stones": st.sampled_from(["all", "random", "drop-first", "last-1", "last-12"])
         | st.lists(st.integers(1, 9_999), min_size=1, max_size=4, unique=True).map(sorted),
         "stone_warmup": numbers(0, 1),
         "label_smoothing": numbers(0, 1, exclude_max=True),
@@ -416,7 +416,7 @@ threads: !!int 4
 SEVERAL_ERRORS = """\
 run.yaml:2: unknown key "lr"; did you mean "optim.lr"?
 run.yaml:5: loss.temperature must be a number above 0, not -1
-run.yaml:6: loss.stones must be "all", "last-K" (K of 1 or more), "drop-first", or a list of depths of 1 or more in rising order, such as [1, 3], not [2, 1]
+run.yaml:6: loss.stones must be "all", "random", "last-K" (K of 1 or more), "drop-first", or a list of depths of 1 or more in rising order, such as [1, 3], not [2, 1]
 run.yaml:7: loss.ce_weight must be a number of 0 or more, not "3"; remove the quotes
 run.yaml:8: unknown key "optimiser"; did you mean "optim"?
 run.yaml:9: in "optimiser": unknown key "lerning_rate"; did you mean "lr"?

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from kdsurgeon.errors import NumericsError
-from kdsurgeon.losses import task_loss
+from kdsurgeon.losses import Losses, task_loss
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.stones import partition, synthesize
-from kdsurgeon.training import fastest_layout, learning_rate_at, start, train
+from kdsurgeon.training import Moment, fastest_layout, learning_rate_at, start, train
 from tests import models
 
 
@@ -18,12 +18,17 @@ def batches(count=3, size=8):
     return [(models.images(size, seed=i), models.labels(size, seed=i)) for i in range(count)]
 
 
-def loss(logits, target, progress):
-    return task_loss(logits, target)
+def of(model):
+    """Cross-entropy of what ``model`` makes of the images."""
+    return lambda images, target, _: task_loss(model(images), target)
+
+
+def first_logit(stones):
+    return lambda images, *_: Losses(stones(images).student[0, 0], {})
 
 
 def run(model, recipe, **kwargs):
-    return list(train(model, loss, kwargs.pop("data", batches()), recipe, **kwargs))
+    return list(train(model, of(model), kwargs.pop("data", batches()), recipe, **kwargs))
 
 
 def test_an_epoch_reports_steps_samples_and_mean_losses():
@@ -37,12 +42,14 @@ def test_an_epoch_reports_steps_samples_and_mean_losses():
 
 
 def test_a_loss_that_begins_inside_an_epoch_is_averaged_over_its_own_steps():
-    def late(logits, target, progress):
-        losses = task_loss(logits, target)
-        parts = losses.parts | ({"late": torch.tensor(6.0)} if progress > 0.5 else {})
+    model = models.make("chain")
+
+    def late(images, target, moment):
+        losses = task_loss(model(images), target)
+        parts = losses.parts | ({"late": torch.tensor(6.0)} if moment.progress > 0.5 else {})
         return replace(losses, parts=parts)
 
-    (epoch,) = train(models.make("chain"), late, batches(4), Recipe(epochs=1))
+    (epoch,) = train(model, late, batches(4), Recipe(epochs=1))
     assert epoch.losses["late"] == 6.0
 
 
@@ -126,7 +133,14 @@ def test_looking_for_the_layout_draws_nothing_and_moves_no_statistics():
     for model in (student, stones):
         model.train()
         state, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-        assert fastest_layout(model, models.images()) == torch.channels_last
+        found = fastest_layout(
+            model,
+            of(model) if model is student else first_logit(model),
+            models.images(),
+            models.labels(),
+            Moment(0.0, 0),
+        )
+        assert found == torch.channels_last
         assert torch.equal(torch.get_rng_state(), random_state)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
         assert all(module.training for module in student.modules())

@@ -31,7 +31,8 @@ from kdsurgeon.evaluation import Report, accuracy, evaluate
 from kdsurgeon.recipe import DataRecipe, RunConfig, read_config, write_yaml
 from kdsurgeon.runs import Run, check_is_free, environment
 from kdsurgeon.stones import Certificate, Forecast, Plan, SteppingStones, certify, forecast
-from kdsurgeon.training import Epoch, Step
+from kdsurgeon.tracing import move
+from kdsurgeon.training import Epoch, Moment, Step
 from kdsurgeon.views import accuracy_table, draw_plan, plan_table, run_report
 
 
@@ -173,10 +174,11 @@ def _rehearse(ready: Distillation) -> None:
     device = next(ready.model.parameters()).device
     steps = list(islice(iter(ready.batches), 4))
     began = 0.0
-    for index, (images, target) in enumerate(steps):
+    for index, (batch, target) in enumerate(steps):
         if index == 1 or len(steps) == 1:
             began = time.monotonic()
-        ready.loss(ready.model(images.to(device)), target.to(device), 1.0).total.backward()
+        losses = ready.objective(move(batch, device), target.to(device), Moment(1.0, index))
+        losses.total.backward()
         ready.model.zero_grad()
     each = (time.monotonic() - began) / max(1, len(steps) - 1)
     count = ready.recipe.epochs * len(ready.batches)  # pyright: ignore[reportArgumentType]

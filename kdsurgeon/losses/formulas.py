@@ -16,7 +16,7 @@ from torch.nn import functional
 Distance = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """``d(student, teacher, target, temperature)``: how far (…, batch, classes) logits are from the
 teacher's (batch, classes), mean over the batch, one value for each leading index; the gradient
-flows into ``student`` only."""
+flows into ``student`` only. ``target`` is (batch,), or shares (batch, classes)."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def block_kd_loss(
     cross_weight: float = 0.0,
     temperature: float = 4.0,
     label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
     distance: Distance = kl,
 ) -> Losses:
     """``ce_weight · L_task + kd_weight · L_distill + cross_weight · L_cross``.
@@ -94,8 +95,10 @@ def block_kd_loss(
     w_i do not enter L_cross.
 
     Args:
-        target: class indices (batch,).
+        target: class indices (batch,), or the share of every class (batch, classes), as mixup and
+            cutmix make them.
         weights: one w_i for each stone, 2^-(n-i) when left out.
+        ignore_index: the label of samples that no term counts.
 
     >>> logits = Logits(torch.zeros(2, 3), torch.zeros(1, 2, 3), torch.zeros(2, 3), depths=(1,))
     >>> round(block_kd_loss(logits, torch.tensor([0, 1])).total.item(), 3)  # 2 · ln 3
@@ -107,6 +110,11 @@ def block_kd_loss(
         raise ValueError(f"{len(weights)} weights for {count} stones")
     everyone = _at_least_float32(torch.cat([logits.student[None], logits.stones]))
     teacher = _at_least_float32(logits.teacher)
+    if ignore_index is not None and not target.is_floating_point():
+        counted = target != ignore_index
+        everyone, teacher, target = everyone[:, counted], teacher[counted], target[counted]
+        if not len(target):
+            return Losses(everyone.sum(), {})  # zero, and still part of the graph
     factors = everyone.new_tensor([1.0, *weights])
     names = ["student", *(f"stone {depth}" for depth in logits.depths)]
     parts: dict[str, Tensor] = {}
@@ -127,8 +135,19 @@ def block_kd_loss(
     return Losses(total, parts)
 
 
-def task_loss(logits: Tensor, target: Tensor, *, label_smoothing: float = 0.0) -> Losses:
+def task_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
+) -> Losses:
     """Cross-entropy alone, for a model that learns without a teacher."""
+    if ignore_index is not None and not target.is_floating_point():
+        counted = target != ignore_index
+        logits, target = logits[counted], target[counted]
+        if not len(target):
+            return Losses(logits.sum(), {})
     task = functional.cross_entropy(logits, target, label_smoothing=label_smoothing)
     return Losses(task, {"ce student": task.detach()})
 
@@ -143,7 +162,7 @@ def _cross_entropy(everyone: Tensor, target: Tensor, label_smoothing: float) -> 
     sets, batch, _ = everyone.shape
     losses = functional.cross_entropy(
         everyone.flatten(0, 1),
-        target.repeat(sets),
+        target.repeat(sets, *(1,) * (target.ndim - 1)),
         reduction="none",
         label_smoothing=label_smoothing,
     )

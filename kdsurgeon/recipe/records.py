@@ -45,7 +45,7 @@ def _known_distance(name: Any) -> Any:
 
 def _known_stones(value: Any) -> Any:
     if isinstance(value, str):
-        if not re.fullmatch(r"all|drop-first|last-[1-9][0-9]{0,3}", value):
+        if not re.fullmatch(r"all|random|drop-first|last-[1-9][0-9]{0,3}", value):
             raise ValueError
         return value
     depths = _as_tuple(value)
@@ -54,6 +54,18 @@ def _known_stones(value: Any) -> Any:
     if not 1 <= depths[0] <= depths[-1] <= 9_999:
         raise ValueError
     return _rising(depths)
+
+
+def _known_schedule(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        raise ValueError
+    pairs = [_as_tuple(pair) for pair in value]
+    if any(type(pair) is not tuple or len(pair) != 2 for pair in pairs):
+        raise ValueError
+    shares = _rising(tuple(share for share, _ in pairs))
+    if not all(type(share) in (int, float) and 0 < share < 1 for share in shares):
+        raise ValueError
+    return tuple((float(share), _known_stones(stones)) for share, stones in pairs)
 
 
 def _rising(numbers: tuple[float, ...]) -> tuple[float, ...]:
@@ -81,6 +93,9 @@ Inside01 = Annotated[float, Field(gt=0, lt=1), Must("a number above 0 and below 
 Count = Annotated[int, Field(ge=1, le=1_000_000), Must("a whole number from 1 to 1,000,000")]
 Tolerance = Annotated[int, Field(ge=0, le=1_000_000), Must("a whole number from 0 to 1,000,000")]
 Seed = Annotated[int, Field(ge=0, lt=2**32), Must("a whole number from 0 to 4,294,967,295")]
+Label = Annotated[
+    Annotated[int, Field(ge=-(2**31), lt=2**31)] | None, Must("a whole number, or null")
+]
 Switch = Annotated[bool, Must("true or false")]
 Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$"), Must("text on one line, not empty")]
 OptionalText = Annotated[Text | None, Must("text on one line, not empty, or null")]
@@ -94,10 +109,15 @@ Stones = Annotated[
     str | tuple[int, ...],
     BeforeValidator(_known_stones),
     Must(
-        '"all", "last-K" (K of 1 or more), "drop-first", or a list of depths of 1 or more'
+        '"all", "random", "last-K" (K of 1 or more), "drop-first", or a list of depths of 1 or more'
         " in rising order, such as [1, 3]",
-        ("all", "last-1", "last-2", "last-3", "drop-first"),
+        ("all", "random", "last-1", "last-2", "last-3", "drop-first"),
     ),
+]
+StoneSchedule = Annotated[
+    tuple[tuple[float, str | tuple[int, ...]], ...],
+    BeforeValidator(_known_schedule),
+    Must("a list of [share of the run, stones] with rising shares, such as [[0.5, last-1]]"),
 ]
 Budget = Annotated[
     Annotated[float, Field(ge=1)] | None, Must("a number of 1 or more, such as 1.5, or null")
@@ -197,12 +217,16 @@ class LossRecipe(Section):
     """the logit distance d, by plugin name; kl is that of Yu et al. 2024, arXiv 2411.01547"""
     stones: Stones = "all"
     """the stepping stones trained through, by depth; all in Yu et al. 2024, arXiv 2411.01547,
-    the smaller sets are ours"""
+    the smaller sets are ours; random is one a step, drawn by its weight"""
+    stone_schedule: StoneSchedule = ()
+    """sets that take the place of ``stones`` from that share of the run on; ours"""
     adapter_init: Literal["default", "least-squares"] = "default"
     """where adapters start: at random, or at the map that fits a few batches best (SN-Net, Pan et
     al. 2023, arXiv 2302.06586); ours"""
     stone_warmup: NotNegative = 0.0
     """epochs over which the weights of the stones rise linearly from 0; ours"""
+    ignore_index: Label = None
+    """label of the samples that no term counts, null for none; ours"""
     label_smoothing: Below1 = 0.0
     """share of the label spread over all classes, no unit; ours"""
 
@@ -226,6 +250,9 @@ class OptimRecipe(Section):
     """momentum of sgd, without Nesterov, no unit; CIFAR protocol of RepDistiller"""
     weight_decay: NotNegative = 0.01
     """weight decay, per update; ours, for adamw (CIFAR protocol with sgd: 0.0005)"""
+    decay_norms: Switch = False
+    """weight decay of biases and normalisation, too, as in the CIFAR protocol of RepDistiller;
+    ours: off, as in timm"""
     sched: Literal["cosine", "step", "constant"] = "cosine"
     """course of the learning rate after the warm-up; ours"""
     decay_at: Shares = (150 / 240, 180 / 240, 210 / 240)

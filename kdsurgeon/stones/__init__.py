@@ -4,16 +4,19 @@ from kdsurgeon.stones.certificate import Certificate, certify
 from kdsurgeon.stones.fitting import fit_adapters
 from kdsurgeon.stones.forecast import Forecast, forecast, within_budget
 from kdsurgeon.stones.plan import Plan, Stone, partition, plan_stones, read_plan
+from kdsurgeon.stones.sets import chosen_depths, stones_at
 from kdsurgeon.stones.surgery import compose, graft
-from kdsurgeon.stones.training_graph import SteppingStones, synthesize
+from kdsurgeon.stones.training_graph import TEACHER_LOGITS, SteppingStones, synthesize
 
 __all__ = [
+    "TEACHER_LOGITS",
     "Certificate",
     "Forecast",
     "Plan",
     "SteppingStones",
     "Stone",
     "certify",
+    "chosen_depths",
     "compose",
     "fit_adapters",
     "forecast",
@@ -21,6 +24,7 @@ __all__ = [
     "partition",
     "plan_stones",
     "read_plan",
+    "stones_at",
     "synthesize",
     "within_budget",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kdsurgeon.errors import PlanError
-from kdsurgeon.partitioning import Partition, cut
+from kdsurgeon.partitioning import Partition, recut
 from kdsurgeon.stones.fitting import kept_buffers
 from kdsurgeon.stones.plan import Plan
 from kdsurgeon.stones.surgery import Walk, block_sources, compose, context_inputs, graft
@@ -130,7 +130,7 @@ def _training_gap(whole: Partition) -> float:
     """Of one step with the same seed; the model's own buffers are put back."""
     model, inputs = whole.trace.model, random_inputs(whole)
     captured = trace(model, whole.trace.example, name=whole.trace.name, training=True)
-    rebuilt = compose(cut(captured, whole.cuts))
+    rebuilt = compose(recut(whole, captured))
     with in_mode(model, training=True):
         with _runs(whole, "for a training step of its own"):
             own = _step(lambda: logits_of(model, _copied(inputs)), model)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from kdsurgeon.partitioning import CutPoint, Partition, activations, primary_input
+from kdsurgeon.partitioning import Partition, activations, primary_input
 from kdsurgeon.tracing import Trace, batch_axis, memory_of
 
 Values = dict[fx.Node, fx.Node]
@@ -123,11 +123,14 @@ def context_inputs(whole: Trace, inputs: Values) -> Values:
 
 def block_sources(whole: Partition) -> list[list[fx.Node]]:
     """The nodes that each block reads: the inputs, then those of every cut."""
-    return [whole.trace.placeholders, *(cut_nodes(whole.trace, point) for point in whole.cuts)]
-
-
-def cut_nodes(whole: Trace, point: CutPoint) -> list[fx.Node]:
-    return [whole.nodes[name] for name in point.names]
+    carried = whole.carried or ((),) * len(whole.cuts)
+    return [
+        whole.trace.placeholders,
+        *(
+            [whole.trace.nodes[name] for name in (*point.names, *others)]
+            for point, others in zip(whole.cuts, carried, strict=True)
+        ),
+    ]
 
 
 def state_of(whole: Trace) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from kdsurgeon import adapters
 from kdsurgeon.errors import PlanError, UsageError
 from kdsurgeon.losses import Logits
-from kdsurgeon.partitioning import Partition, activations, cut
+from kdsurgeon.partitioning import Partition, activations, cut, recut
 from kdsurgeon.stones.frozen import simplify
 from kdsurgeon.stones.plan import Plan, Stone
 from kdsurgeon.stones.surgery import (
@@ -354,7 +354,7 @@ def _in_mode(whole: Partition, *, training: bool) -> Partition:
     if not training or whole.trace.rung == "whole":
         return whole
     captured = trace(whole.trace.model, whole.trace.example, name=whole.trace.name, training=True)
-    return cut(captured, whole.cuts)
+    return recut(whole, captured)
 
 
 def _mixes_samples(teacher: Partition) -> str | None:

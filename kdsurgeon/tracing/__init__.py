@@ -4,7 +4,15 @@ A graph freezes ``if self.training`` at capture. Capture a model once in each mo
 """
 
 from kdsurgeon.tracing.capture import Trace, trace, trace_whole
-from kdsurgeon.tracing.outputs import Inputs, call_model, find_logits, in_mode, logits_in, logits_of
+from kdsurgeon.tracing.outputs import (
+    Inputs,
+    call_model,
+    find_logits,
+    in_mode,
+    logits_in,
+    logits_of,
+    move,
+)
 from kdsurgeon.tracing.recording import unchanged
 from kdsurgeon.tracing.values import BATCH, batch_axis, evaluate, operation_name
 from kdsurgeon.tracing.writes import after, memory_of
@@ -22,6 +30,7 @@ __all__ = [
     "logits_in",
     "logits_of",
     "memory_of",
+    "move",
     "operation_name",
     "trace",
     "trace_whole",

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kdsurgeon.tracing.values import BATCH
@@ -51,6 +52,13 @@ def call_model(model: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, Tensor):
         return model(inputs, **_quiet(model))
     return model(**inputs, **_quiet(model))
+
+
+def move(inputs: Inputs, device: torch.device) -> Inputs:
+    """The batch on ``device``."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def _quiet(model: nn.Module) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from kdsurgeon.partitioning import (
     activations,
     cut,
     find_cut_points,
+    recut,
 )
 from kdsurgeon.stones import Plan, SteppingStones, Stone
 from kdsurgeon.tracing import Trace, trace
@@ -113,6 +114,19 @@ class Subject:
         return step(model, lambda: logits_of(feed(model, self.batch(3))))
 
 
+class InDouble(Subject):
+    """The same program in float64."""
+
+    def fresh(self) -> nn.Module:
+        return super().fresh().double()
+
+    def batch(self, count: int) -> Any:
+        given = super().batch(count)
+        if isinstance(given, Tensor):
+            return given.double()
+        return {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+
+
 def feed(module: nn.Module, batch: Any) -> Any:
     # not by calling it: torch.fx prints to standard error when a graph module raises
     return module.forward(**batch) if isinstance(batch, dict) else module.forward(batch)
@@ -182,9 +196,9 @@ def same(what: str, actual: Tensor | None, expected: Tensor | None) -> None:
         raise Violation(f"{what} differs by {(actual - expected).abs().max():.3g}")
 
 
-def close(what: str, actual: Tensor, expected: Tensor) -> None:
-    """Raise unless both agree to 1e-5 · max(1, max |y|)."""
-    bound = 1e-5 * max(1.0, expected.abs().max().item())
+def close(what: str, actual: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
+    """Raise unless both agree to ``relative`` · max(1, max |y|)."""
+    bound = relative * max(1.0, expected.abs().max().item())
     if actual.shape != expected.shape or (actual - expected).abs().max() > bound:
         gap = (actual - expected).abs().max() if actual.shape == expected.shape else float("inf")
         raise Violation(f"{what} differs by {gap:.3g}, more than {bound:.3g}")
@@ -205,7 +219,7 @@ def i2_a_training_step_is_that_of_the_model(subject: Subject) -> None:
     expected = subject.train_step
     model = subject.fresh()
     captured = trace(model, subject.batch(2), name="student", training=True)
-    rebuilt = surgery.compose(cut(captured, cut_by_name(captured, subject.cuts)))
+    rebuilt = surgery.compose(recut(cut(subject.trace, subject.cuts), captured))
     model.train()
     _same_step("rebuilt model", step(model, lambda: feed(rebuilt, subject.batch(3))), expected)
     with kept(subject.adapted_stones) as stones:
@@ -224,7 +238,10 @@ def i3_a_twin_teacher_agrees_at_every_stone(subject: Subject) -> None:
         same("the student's logits", logits.student, wanted)
         for depth, stone in zip(logits.depths, logits.stones, strict=True):
             same(f"the logits of stone {depth}", stone, wanted)
-    _stone_gradients_are_the_models(subject)
+    try:
+        _stone_gradients_are_the_models(subject)
+    except Violation:  # unless it is float32 that is too coarse, as behind a row of attentions
+        _stone_gradients_are_the_models(InDouble(subject.program), bound=1e-12)
 
 
 def i4_cuts_telescope(subject: Subject) -> None:
@@ -465,7 +482,7 @@ def _same_step(who: str, actual: tuple[Any, Any, Any], expected: tuple[Any, Any,
             same(f"the {who}'s {what} {name}", ours[name], value)
 
 
-def _stone_gradients_are_the_models(subject: Subject) -> None:
+def _stone_gradients_are_the_models(subject: Subject, bound: float = 1e-5) -> None:
     """A stone onto a twin reaches the weights before its boundary as the model's own tail does."""
     if not subject.chosen:
         return
@@ -485,7 +502,7 @@ def _stone_gradients_are_the_models(subject: Subject) -> None:
         if id(value) in before - after and wanted is not None:
             if value.grad is None:
                 raise Violation(f"stone {index + 1} sends no gradient to {name}")
-            close(f"the gradient of stone {index + 1} in {name}", value.grad, wanted)
+            close(f"the gradient of stone {index + 1} in {name}", value.grad, wanted, bound)
         if id(value) in after - before and value.grad is not None and value.grad.any():
             raise Violation(f"stone {index + 1} sends a gradient past its boundary, to {name}")
     stones.zero_grad()
@@ -507,14 +524,6 @@ def weights(captured: Trace, block: Block) -> list[nn.Parameter]:
             elif isinstance(own, nn.Parameter):
                 found.append(own)
     return found
-
-
-def cut_by_name(captured: Trace, cuts: Sequence[CutPoint]) -> tuple[CutPoint, ...]:
-    known = {point.name: point for point in find_cut_points(captured)}
-    missing = [point.name for point in cuts if point.name not in known]
-    if missing:
-        raise Violation(f"in training mode there is no cut at {', '.join(missing)}")
-    return tuple(known[point.name] for point in cuts)
 
 
 def _names(whole: Partition) -> tuple[tuple[str, ...], ...]:

@@ -1,0 +1,77 @@
+"""Which stones a step trains through, and what each counts."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import numpy as np
+
+from kdsurgeon.data.batches import draw
+from kdsurgeon.errors import PlanError
+from kdsurgeon.recipe import Recipe
+from kdsurgeon.stones.plan import Plan, Stone
+
+_USE = 3  # of the stream of random numbers: 0 to 2 are the augmentation's
+_RANGE = 2**32
+
+
+def chosen_depths(plan: Plan, recipe: Recipe) -> tuple[int, ...]:
+    """Every stone that a recipe trains at some time: of ``loss.stones`` and of its schedule.
+
+    Raises:
+        PlanError: a stone that the plan lacks.
+    """
+    if recipe.method != "block-kd":
+        return ()
+    wanted = [recipe.loss.stones, *(each for _, each in recipe.loss.stone_schedule)]
+    return tuple(sorted({stone.depth for each in wanted for stone in _stones_of(plan, each)}))
+
+
+def stones_at(plan: Plan, recipe: Recipe, progress: float, step: int) -> dict[int, float]:
+    """The stones that a step trains, by depth, and the weight of each in that step.
+
+    One random stone is drawn with a chance of w_i / Σ w, a pure function of the recipe's seed and
+    the step, and counts Σ w: the expected gradient of the stones' terms is that of all stones, and
+    the dearest tails, which count least, are run least often (ours).
+
+    Args:
+        progress: 0 to 1 over the run, which the schedule goes by.
+        step: the number of the batch, counted over the whole run.
+    """
+    if recipe.method != "block-kd":
+        return {}
+    wanted = recipe.loss.stones
+    for begins, later in recipe.loss.stone_schedule:
+        wanted = later if progress >= begins else wanted
+    found = _stones_of(plan, wanted)
+    if wanted != "random" or not found:
+        return {stone.depth: stone.weight for stone in found}
+    sums = list(accumulate(stone.weight for stone in found))
+    drawn = int(draw(recipe.seed, step, np.zeros(1, np.int64), _USE, _RANGE)[0]) / _RANGE * sums[-1]
+    stone = next(one for one, reached in zip(found, sums, strict=True) if drawn < reached)
+    return {stone.depth: sums[-1]}
+
+
+def _stones_of(plan: Plan, wanted: str | tuple[int, ...]) -> tuple[Stone, ...]:
+    """``all``, ``random``, ``last-K``, ``drop-first``: of those that the plan weighs; or depths."""
+    known = tuple(stone for stone in plan.stones if stone.weight > 0)
+    if wanted in ("all", "random"):
+        return known
+    if wanted == "drop-first":
+        return known[1:]
+    if isinstance(wanted, str):
+        count = int(wanted.removeprefix("last-"))
+        if count > len(known):
+            raise PlanError(
+                f"loss.stones is {wanted}, but the plan has {len(known)} stones.",
+                fix=f"last-{len(known)} or fewer, or plan more blocks with --blocks",
+            )
+        return known[-count:]
+    for depth in wanted:
+        if not any(stone.depth == depth for stone in plan.stones):
+            raise PlanError(
+                f"the plan has no stone of depth {depth}.",
+                known=", ".join(str(stone.depth) for stone in plan.stones) or "none",
+                fix="change loss.stones, or plan more blocks with --blocks",
+            )
+    return tuple(stone for stone in plan.stones if stone.depth in wanted)
