@@ -44,6 +44,7 @@ __all__ = [
     "export",
     "SurgeonError",
     "UsageError",
+    "DataError",
 ]  # in the order of the pipeline
 
 if TYPE_CHECKING:

@@ -7,6 +7,8 @@ kind           signature
 =============  =====================================================================
 ``models``     ``build(name: str, **kwargs) -> nn.Module``, found as ``SOURCE/name``
 ``distances``  ``d(student, teacher, target, temperature) -> Tensor``, see ``losses.Distance``
+``data``       ``read(path) -> (train images, train labels, test images, test labels, class
+               names)``, found as ``SOURCE:PATH``; uint8 (N, H, W, C) and int64 (N,) arrays
 =============  =====================================================================
 
 Listing reads metadata only; no plugin is imported until it is named. ``KDSURGEON_NO_PLUGINS=1``
@@ -22,7 +24,7 @@ from typing import Any
 
 from kdsurgeon.errors import PluginError, UsageError, nearest
 
-KINDS = ("models", "distances")
+KINDS = ("models", "distances", "data")
 
 
 @dataclass(frozen=True)

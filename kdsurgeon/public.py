@@ -4,7 +4,7 @@ from kdsurgeon.checkpoints import ModelCard, load_model, save_model
 from kdsurgeon.data import Batches
 from kdsurgeon.data import load as load_data
 from kdsurgeon.distillation import distill, prepare, train_alone
-from kdsurgeon.errors import SurgeonError, UsageError
+from kdsurgeon.errors import DataError, SurgeonError, UsageError
 from kdsurgeon.evaluation import accuracy, evaluate
 from kdsurgeon.exporting import export
 from kdsurgeon.losses import Logits, block_kd_loss
@@ -25,6 +25,7 @@ from kdsurgeon.training import Epoch
 
 __all__ = [
     "Batches",
+    "DataError",
     "Epoch",
     "Logits",
     "ModelCard",

@@ -24,7 +24,7 @@ def test_the_public_names_are_these_and_each_is_served():
         "find_cut_points", "partition", "read_plan", "Plan", "certify", "forecast",
         "within_budget", "synthesize", "fit_adapters", "Logits", "block_kd_loss", "Recipe",
         "prepare", "distill", "train_alone", "Epoch",
-        "accuracy", "evaluate", "export", "SurgeonError", "UsageError",
+        "accuracy", "evaluate", "export", "SurgeonError", "UsageError", "DataError",
     ]  # fmt: skip
     assert sorted(kdsurgeon.__all__) == sorted(public.__all__)
     assert all(getattr(kdsurgeon, name) is getattr(public, name) for name in kdsurgeon.__all__)

@@ -42,7 +42,7 @@ def load_arrays(name: str, path: Path, options: Options, *, scale: float = 255.0
         for (_, key), pixels in zip(keys, images, strict=True)
     ]
     class_names = _class_names(name, arrays.get("class_names"), np.concatenate(labels))
-    fingerprint = content_hash(_content(images, labels), class_names)
+    fingerprint = content_hash(array_content(images, labels), class_names)
     if len(images) == 1:
         rows = stratified(name, labels[0], options)
         images, labels = ([whole[part] for part in rows] for (whole,) in (images, labels))
@@ -193,7 +193,7 @@ def _refit(images: np.ndarray, shape: Size, scale: float) -> np.ndarray:
     return result
 
 
-def _content(
+def array_content(
     images: Sequence[np.ndarray], labels: Sequence[np.ndarray]
 ) -> Iterator[bytes | memoryview]:
     for pixels, numbers in zip(images, labels, strict=True):

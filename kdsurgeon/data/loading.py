@@ -9,8 +9,10 @@ from pathlib import Path
 from kdsurgeon.data.arrays import load_arrays
 from kdsurgeon.data.folders import load_folder
 from kdsurgeon.data.sets import Options, Size, Split
+from kdsurgeon.data.sources import load_source
 from kdsurgeon.data.words import shown
 from kdsurgeon.errors import DataError, ResourceError, nearest
+from kdsurgeon.plugins import installed
 
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
 
@@ -63,13 +65,16 @@ def load(
     try:
         if source == "digits":
             return load_arrays("digits", DIGITS, options, scale=16.0)
+        name, colon, place = str(source).partition(":")
+        if colon and name in installed("data"):
+            return load_source(name, Path(place), options)
         path = Path(source)
         if path.is_dir():
             return load_folder(path, options)
         if not path.exists():
             raise DataError(
                 f"{shown(str(path))} does not exist.",
-                why="a data set is a folder, an .npz file, or digits",
+                why=f"a data set is a folder, an .npz file, digits, or one of {_sources()}",
                 fix=nearest(str(source), ["digits"]),
             )
         return load_arrays(shown(path.name), path, options)
@@ -78,6 +83,10 @@ def load(
             f"not enough memory to load {shown(str(source))}.",
             fix="choose a smaller --input-size, or fewer images",
         ) from error
+
+
+def _sources() -> str:
+    return ", ".join(f"{name}:FOLDER" for name in installed("data")) or "an installed source"
 
 
 def _tuple(values: Sequence | None) -> tuple | None:
