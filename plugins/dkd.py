@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kdsurgeon import UsageError
+
 RIGHT_CLASS_WEIGHT = 1.0  # α of the paper
 OTHER_CLASSES_WEIGHT = 8.0  # β of the paper on CIFAR-100 for resnet32x4 → resnet8x4
 
@@ -20,6 +22,11 @@ def dkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) ->
     >>> dkd(logits, logits, torch.tensor([0]), 4.0).item()
     0.0
     """
+    if target.is_floating_point():
+        raise UsageError(
+            "the distance dkd needs the right class of every sample, not shares of all classes.",
+            fix="use --distance kl with mixup and cutmix",
+        )
     right = functional.one_hot(target, teacher.shape[-1]).bool()
     wanted = teacher.detach() / temperature
     given = student / temperature

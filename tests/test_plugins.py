@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -14,14 +16,14 @@ def distance(name):
     return plugins.load("distances", name)
 
 
-@pytest.mark.parametrize("name", ["kl", "dkd", "dist"])
+@pytest.mark.parametrize("name", ["kl", "dkd", "dist", "jsd", "lskd"])
 def test_a_distance_is_zero_for_equal_logits_and_positive_else(name):
     d = distance(name)
     assert d(TEACHER, TEACHER, TARGET, 2.0).item() == pytest.approx(0.0, abs=1e-7)
     assert d(STUDENT, TEACHER, TARGET, 2.0).item() > 0
 
 
-@pytest.mark.parametrize("name", ["kl", "dkd", "dist"])
+@pytest.mark.parametrize("name", ["kl", "dkd", "dist", "jsd", "lskd"])
 def test_a_distance_of_a_stack_is_the_distances_one_by_one(name):
     d = distance(name)
     stack = torch.stack([STUDENT, TEACHER, -STUDENT])
@@ -30,7 +32,7 @@ def test_a_distance_of_a_stack_is_the_distances_one_by_one(name):
     torch.testing.assert_close(together, alone)
 
 
-@pytest.mark.parametrize("name", ["kl", "dkd", "dist"])
+@pytest.mark.parametrize("name", ["kl", "dkd", "dist", "jsd", "lskd"])
 def test_a_distance_sends_its_gradient_into_the_student_only(name):
     student, teacher = STUDENT.clone().requires_grad_(), TEACHER.clone().requires_grad_()
     distance(name)(student, teacher, TARGET, 2.0).backward()
@@ -94,3 +96,27 @@ def test_a_model_source_builds_by_name_and_refuses_unknown_names(source, monkeyp
     with pytest.raises(UsageError, match="no model tinny") as caught:
         build("tinny")
     assert caught.value.notes["near"] == "tiny"
+
+
+def test_standardised_logits_ignore_offset_and_scale_and_equal_ones_have_a_gradient():
+    d = distance("lskd")
+    moved = d(7 * STUDENT - 3, TEACHER * 0.5 + 1, TARGET, 2.0).item()
+    assert moved == pytest.approx(d(STUDENT, TEACHER, TARGET, 2.0).item(), rel=1e-9)
+    flat = torch.zeros_like(STUDENT, requires_grad=True)
+    d(flat, TEACHER, TARGET, 2.0).backward()
+    assert flat.grad.isfinite().all()
+
+
+def test_jsd_is_symmetric_and_at_most_ln_2():
+    d = distance("jsd")
+    there, back = d(STUDENT, TEACHER, TARGET, 1.0), d(TEACHER, STUDENT, TARGET, 1.0)
+    assert there.item() == pytest.approx(back.item(), rel=1e-12)
+    assert d(100 * STUDENT, -100 * STUDENT, TARGET, 1.0).item() == pytest.approx(math.log(2))
+
+
+def test_dkd_refuses_soft_targets_and_the_others_take_them():
+    shares = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    with pytest.raises(UsageError, match="dkd needs the right class"):
+        distance("dkd")(STUDENT, TEACHER, shares, 2.0)
+    for name in ("kl", "dist", "jsd", "lskd"):
+        assert distance(name)(STUDENT, TEACHER, shares, 2.0).item() > 0
