@@ -830,7 +830,7 @@ def test_a_wrong_recipe_in_python_is_a_config_error_with_every_problem() -> None
         'Recipe: unknown key "loss.tau"; did you mean "loss.temperature"?',
         'Recipe: unknown key "loss.2"',
         'Recipe: "optim" is a section: write keys below it,'
-        " not DataRecipe(augment='auto', val_split=None, max_bad_images=0…",
+        " not DataRecipe(augment='auto', teacher_views=None, val_split=No…",
         'Recipe: "data" is a section: write keys below it',
         'Recipe: unknown key "epoch"; did you mean "epochs"?',
     ]
@@ -870,7 +870,7 @@ def test_equal_recipes_have_equal_hashes_and_every_key_counts() -> None:
     assert LossRecipe(kd_weight=-0.0).hash() == without_sign.hash()
     canonical = (
         '{"augment":"auto","input_size":null,"max_bad_images":0,'
-        '"mean":null,"std":null,"val_split":null}'
+        '"mean":null,"std":null,"teacher_views":null,"val_split":null}'
     )
     assert DataRecipe().hash() == hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -197,11 +197,15 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
     Raises :class:`ModelFileError` when one bit differs from what was written.
     """
-    raw = read_once(Path(path))
-    tensors, metadata = parse(raw, str(path))
+    return read_sealed(path)[0]
+
+
+def read_sealed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same with the metadata."""
+    tensors, metadata = parse(read_once(Path(path)), str(path))
     if SEAL_KEY not in metadata:
         raise ModelFileError(f"{path} carries no seal; it was not written by kdsurgeon.")
-    return tensors
+    return tensors, metadata
 
 
 def parse(raw: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -25,7 +25,8 @@ class Batches:
     a random offset; ``"shift-flip"`` also mirrors every second image. Black is the raw value 0
     *before* normalisation, as in the CIFAR protocol (He et al. 2015, arXiv 1512.03385, section 4.2;
     torchvision's ``RandomCrop(32, padding=4)`` before ``Normalize``). What happens to a sample is a
-    pure function of (seed, epoch, its row), whatever the batch size.
+    pure function of (seed, epoch, its row), whatever the batch size. With ``views`` it repeats after
+    so many epochs; the order does not.
 
     Raises :class:`UsageError` for a batch size below 1, or one that leaves no batch.
 
@@ -45,6 +46,7 @@ class Batches:
         seed: int,
         augment: Augment = "none",
         drop_last: bool = False,
+        views: int | None = None,
     ) -> None:
         if batch_size < 1 or (drop_last and batch_size > len(dataset)):
             raise UsageError(
@@ -56,6 +58,8 @@ class Batches:
                 f'no augmentation is called "{augment}".',
                 fix=nearest(augment, ["none", "shift", "shift-flip"]),
             )
+        if views is not None and views < 1:
+            raise UsageError(f"{views} views of each image make no epoch.", fix="1 or more")
         check_seed(seed)
         self.dataset = dataset
         self.batch_size = batch_size
@@ -63,6 +67,7 @@ class Batches:
         self.seed = seed
         self.augment: Augment = augment
         self.drop_last = drop_last
+        self.views = 1 if augment == "none" else views
         self.epoch = 0
         self._start = 0
 
@@ -91,17 +96,26 @@ class Batches:
             return np.arange(len(self.dataset))
         return np.argsort(raw_numbers(len(self.dataset), [self.seed, self.epoch]), kind="stable")
 
+    @property
+    def view(self) -> int:
+        """Which augmentation of its images the epoch shows."""
+        return self.epoch if self.views is None else self.epoch % self.views
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return ((images, labels) for _, images, labels in self.with_rows())
+
+    def with_rows(self) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
+        """The same pass, with the rows of the data set that each batch is made of."""
         start, self._start = self._start, 0
-        return self._pass(self.epoch, self.order(), start)
+        return self._pass(self.view, self.order(), start)
 
     def _pass(
-        self, epoch: int, order: np.ndarray, start: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self, view: int, order: np.ndarray, start: int
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:
         for batch in range(start, len(self)):
             rows = self._rows(order, batch)
-            pixels = self._pixels(rows, epoch)
-            yield self.dataset.normalise(pixels), torch.from_numpy(self.dataset.labels[rows])
+            images = self.dataset.normalise(self._pixels(rows, view))
+            yield rows, images, torch.from_numpy(self.dataset.labels[rows])
 
     def _rows(self, order: np.ndarray, batch: int) -> np.ndarray:
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]

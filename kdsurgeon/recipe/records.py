@@ -283,6 +283,11 @@ class DataRecipe(Section):
     augment: Literal["auto", "none", "shift", "shift-flip"] = "auto"
     """random changes of training images: shift moves by a few pixels, flip mirrors left and right,
     auto lets the data set choose; ours"""
+    teacher_views: Annotated[Count | None, Must("a whole number from 1 to 1,000,000, or null")] = (
+        None
+    )
+    """augmentations of each image, repeated after so many epochs, for which the teacher is asked
+    once and for all; null: it is asked at every step; ours"""
     val_split: Annotated[Inside01 | None, Must("a number above 0 and below 1, or null")] = None
     """share of the images held out where the data has no split of its own; null: 0.2, and 0.25 of
     the digits; ours"""
@@ -386,6 +391,8 @@ class RunConfig(Recipe):
     """the data: a folder, an .npz file, or digits"""
     output: OptionalText = None
     """the run folder, null: a new one is named"""
+    teacher_cache: OptionalText = None
+    """file that keeps the teacher's logits for other runs, null: in memory; ours"""
     plan: OptionalText = None
     """a plan file to follow, null: plan afresh"""
     blocks: Blocks = "auto"
