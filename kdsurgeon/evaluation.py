@@ -25,6 +25,32 @@ class Report:
     student_agreement: float
     stone_agreement: dict[int, float]
 
+    @property
+    def lost(self) -> dict[str, float]:
+        """Agreement with the teacher that each part of the student loses, by name.
+
+        Stone i is the student up to block i and the teacher from there: what it agrees less than
+        the stone before is lost in the student's blocks between the two, or in the adapters. What
+        the student agrees less than the last stone is lost in its own last part.
+        """
+        found, before, agreement = {}, 0, 1.0
+        for depth, reached in sorted(self.stone_agreement.items()):
+            name = f"block {depth}" if depth == before + 1 else f"blocks {before + 1} to {depth}"
+            found[name] = agreement - reached
+            before, agreement = depth, reached
+        if found:
+            found["the rest"] = agreement - self.student_agreement
+        return found
+
+    @property
+    def weakest(self) -> str | None:
+        """Where most is lost, unless the samples are too few to say: within two standard errors."""
+        if not self.lost:
+            return None
+        name, most = max(self.lost.items(), key=lambda item: item[1])
+        noise = 2 * (0.5 / self.samples) ** 0.5  # of the difference of two shares, at most
+        return name if most > noise else None
+
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, batches: Iterable[tuple[Inputs, Tensor]]) -> float:

@@ -22,7 +22,9 @@ from kdsurgeon.evaluation import accuracy, evaluate
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Run
 from kdsurgeon.stones import Plan, partition, synthesize
+from kdsurgeon.views import accuracy_finding
 from tests import models
+from tests.test_stones import with_identity_adapters
 
 
 def batches(count=3, size=8):
@@ -323,6 +325,36 @@ def test_a_student_that_is_the_teacher_agrees_with_it():
     teacher = models.make("residual")
     stones = synthesize(partition(teacher, copy.deepcopy(teacher), models.images(2)))
     assert evaluate(stones, batches()).student_agreement == 1.0
+
+
+@pytest.mark.parametrize("crippled", [0, 1, 2])
+def test_the_block_of_the_student_that_loses_most_is_named(crippled):
+    data = [(models.images(64, seed=seed), models.labels(64, seed=seed)) for seed in range(4)]
+    teacher = models.make("residual").eval()
+    with torch.no_grad():  # an untrained network says one class, whatever it sees
+        teacher.head.bias -= teacher(data[0][0]).mean(0)
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for weight in student.layers[crippled].parameters():
+            weight.mul_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    chosen = with_identity_adapters(partition(teacher, student, models.images(2)))
+    assert [pair.student.name for pair in chosen.alignment.boundaries][crippled].startswith(
+        f"layers.{crippled}"
+    )
+    report = evaluate(synthesize(chosen), data)
+    assert report.weakest == f"block {crippled + 1}"
+    assert sum(report.lost.values()) == pytest.approx(1 - report.student_agreement)
+    assert f"most is lost in block {crippled + 1}" in accuracy_finding(report)
+
+
+def test_where_nothing_is_lost_no_block_is_named():
+    teacher = models.make("residual")
+    stones = synthesize(
+        with_identity_adapters(partition(teacher, copy.deepcopy(teacher), models.images(2)))
+    )
+    report = evaluate(stones, batches())
+    assert report.weakest is None and "no block" in accuracy_finding(report)
+    assert accuracy_finding(evaluate(synthesize(plan(), depths=()), batches())) is None
 
 
 def test_nothing_to_evaluate_on_is_an_error():

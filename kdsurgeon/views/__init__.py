@@ -4,6 +4,7 @@ from kdsurgeon.views.drawing import draw_plan
 from kdsurgeon.views.report import plan_page, run_report
 from kdsurgeon.views.tables import (
     Row,
+    accuracy_finding,
     accuracy_table,
     comparison_table,
     cut_points_table,
@@ -13,6 +14,7 @@ from kdsurgeon.views.tables import (
 
 __all__ = [
     "Row",
+    "accuracy_finding",
     "accuracy_table",
     "comparison_table",
     "cut_points_table",

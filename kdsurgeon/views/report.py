@@ -11,7 +11,13 @@ from kdsurgeon.views import palette, units
 from kdsurgeon.views.blocks import BlockFacts, describe_blocks
 from kdsurgeon.views.charts import line_chart
 from kdsurgeon.views.drawing import NARROW, draw_plan
-from kdsurgeon.views.tables import Accuracies, accuracy_rows, closing_lines, evidence_of
+from kdsurgeon.views.tables import (
+    Accuracies,
+    accuracy_finding,
+    accuracy_rows,
+    closing_lines,
+    evidence_of,
+)
 
 _STYLE = (
     """
@@ -92,6 +98,7 @@ def run_report(
     if final is not None:
         header = (f"on {final.samples:,} samples", "accuracy", "agrees with teacher")
         parts += ["<h2>At the end</h2>", _table(header, accuracy_rows(final), words=1)]
+        parts += [f"<p>{escape(text)}.</p>" for text in [accuracy_finding(final)] if text]
     if plan_svg is not None:
         parts += ["<h2>Plan</h2>", f'<div class="drawing">{plan_svg}</div>']
     if epochs:

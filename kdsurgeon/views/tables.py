@@ -40,6 +40,10 @@ class Accuracies(Protocol):
     def student_agreement(self) -> float: ...
     @property
     def stone_agreement(self) -> Mapping[int, float]: ...
+    @property
+    def lost(self) -> Mapping[str, float]: ...
+    @property
+    def weakest(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -242,6 +246,8 @@ def closing_lines(
         f"distillation ({units.size(forecast.with_stones_bytes)} a sample)",
         "adapters": f"{units.count(forecast.adapter_parameters)} parameters, gone after training",
     }
+    if len(forecast.depths) < len(plan.stones):
+        lines["stones"] = _trained(plan, forecast)
     if certificate is None:
         return lines
     proof = certificate
@@ -256,11 +262,24 @@ def closing_lines(
             f"{units.gap(proof.merged)} when merged"
         )
         lines["gradients"] = (
-            f"of {proof.stones} stones reach what comes before them, and nothing after"
+            f"of {_stones(proof.stones)} reach what comes before them, and nothing after"
             if proof.stones
             else "not checked: a logit is not finite"
         )
     return lines
+
+
+def _trained(plan: Plan, forecast: Forecast) -> str:
+    """Which stones a step has, where it has not all of them."""
+    if forecast.depths:
+        depths, verb = forecast.depths, "is" if len(forecast.depths) == 1 else "are"
+        return f"{len(depths)} of {len(plan.stones)} {verb} trained: {', '.join(map(str, depths))}"
+    why = "" if any(stone.weight > 0 for stone in plan.stones) else ": every weight is 0"
+    return f"none of {len(plan.stones)} is trained{why}"
+
+
+def _stones(number: int) -> str:
+    return f"{number} stone{'' if number == 1 else 's'}"
 
 
 def explain_table(plan: Plan) -> RenderableType:
@@ -315,7 +334,18 @@ def accuracy_table(report: Accuracies) -> RenderableType:
     table.add_column("agrees with teacher", justify="right", no_wrap=True)
     for name, accuracy, agreement in accuracy_rows(report):
         table.add_row(name, accuracy, agreement)
-    return table
+    finding = accuracy_finding(report)
+    return Group(table, Text(finding)) if finding else table
+
+
+def accuracy_finding(report: Accuracies) -> str | None:
+    """Which part of the student loses most of what the teacher knows; None without stones."""
+    if not report.lost:
+        return None
+    if report.weakest is None:
+        return "no block of the student stands out: none loses more than chance would"
+    points = 100 * report.lost[report.weakest]
+    return f"most is lost in {report.weakest} of the student: {points:.1f} points of agreement"
 
 
 def accuracy_rows(report: Accuracies) -> list[tuple[str, str, str]]:
