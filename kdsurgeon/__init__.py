@@ -34,6 +34,8 @@ __all__ = [
     "fit_adapters",
     "Logits",
     "block_kd_loss",
+    "linear_block_kd_loss",
+    "cache_teacher",
     "Recipe",
     "prepare",
     "distill",

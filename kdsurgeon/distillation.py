@@ -14,7 +14,7 @@ from kdsurgeon import plugins
 from kdsurgeon.checkpoints import ModelCard, save_model
 from kdsurgeon.errors import NumericsError, PlanError, UsageError
 from kdsurgeon.evaluation import accuracy
-from kdsurgeon.losses import Losses, block_kd_loss, kl, task_loss
+from kdsurgeon.losses import Losses, block_kd_loss, can_fuse, kl, task_loss
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Checkpoint, Run
 from kdsurgeon.stones import (
@@ -288,9 +288,23 @@ def objective(stones: SteppingStones, plan: Plan, recipe: Recipe) -> Objective:
             label_smoothing=numbers.label_smoothing,
             ignore_index=numbers.ignore_index,
             distance=distance,
+            fused=numbers.fused,
         )
 
     return loss
+
+
+def how_it_runs(recipe: Recipe, device: torch.device) -> str | None:
+    """Which code computes the loss, and why not the fused kernel; None where there is no choice."""
+    if device.type != "cuda" or recipe.method == "ce":
+        return None
+    if not recipe.loss.fused:
+        return "operations of torch, as asked for"
+    distance = recipe.loss.distance
+    chosen = kl if distance == "kl" else plugins.load("distances", distance)
+    few = torch.zeros(1, 1, 2, device=device)
+    reason = can_fuse(few, few[0], torch.zeros(1, dtype=torch.int64, device=device), chosen)
+    return f"operations of torch: {reason}" if reason else "one kernel for all terms"
 
 
 def formula(plan: Plan, recipe: Recipe) -> str:

@@ -7,7 +7,7 @@ from kdsurgeon.distillation import distill, prepare, train_alone
 from kdsurgeon.errors import DataError, SurgeonError, UsageError
 from kdsurgeon.evaluation import accuracy, evaluate
 from kdsurgeon.exporting import export
-from kdsurgeon.losses import Logits, block_kd_loss
+from kdsurgeon.losses import Logits, block_kd_loss, linear_block_kd_loss
 from kdsurgeon.partitioning import find_cut_points
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.stones import (
@@ -20,6 +20,7 @@ from kdsurgeon.stones import (
     synthesize,
     within_budget,
 )
+from kdsurgeon.teacher_cache import cache_teacher
 from kdsurgeon.tracing import Trace, trace
 from kdsurgeon.training import Epoch
 
@@ -36,6 +37,7 @@ __all__ = [
     "UsageError",
     "accuracy",
     "block_kd_loss",
+    "cache_teacher",
     "certify",
     "distill",
     "evaluate",
@@ -43,6 +45,7 @@ __all__ = [
     "find_cut_points",
     "fit_adapters",
     "forecast",
+    "linear_block_kd_loss",
     "load_data",
     "load_model",
     "partition",

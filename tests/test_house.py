@@ -22,7 +22,8 @@ def test_the_public_names_are_these_and_each_is_served():
     assert kdsurgeon.__all__ == [
         "load_model", "save_model", "ModelCard", "load_data", "Batches", "trace", "Trace",
         "find_cut_points", "partition", "read_plan", "Plan", "certify", "forecast",
-        "within_budget", "synthesize", "fit_adapters", "Logits", "block_kd_loss", "Recipe",
+        "within_budget", "synthesize", "fit_adapters", "Logits", "block_kd_loss",
+        "linear_block_kd_loss", "cache_teacher", "Recipe",
         "prepare", "distill", "train_alone", "Epoch",
         "accuracy", "evaluate", "export", "SurgeonError", "UsageError", "DataError",
     ]  # fmt: skip

@@ -10,7 +10,13 @@ from kdsurgeon.checkpoints.disk import write_whole
 from kdsurgeon.checkpoints.models import Loaded, is_file, load_model
 from kdsurgeon.checkpoints.reader import ModelFile, read_model
 from kdsurgeon.checkpoints.specs import build
-from kdsurgeon.checkpoints.store import ModelCard, read_sealed, read_tensors, save_model, write_tensors
+from kdsurgeon.checkpoints.store import (
+    ModelCard,
+    read_sealed,
+    read_tensors,
+    save_model,
+    write_tensors,
+)
 
 __all__ = [
     "Conversion",

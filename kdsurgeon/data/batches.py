@@ -25,8 +25,8 @@ class Batches:
     a random offset; ``"shift-flip"`` also mirrors every second image. Black is the raw value 0
     *before* normalisation, as in the CIFAR protocol (He et al. 2015, arXiv 1512.03385, section 4.2;
     torchvision's ``RandomCrop(32, padding=4)`` before ``Normalize``). What happens to a sample is a
-    pure function of (seed, epoch, its row), whatever the batch size. With ``views`` it repeats after
-    so many epochs; the order does not.
+    pure function of (seed, epoch, its row), whatever the batch size. With ``views`` it repeats
+    after so many epochs; the order does not.
 
     Raises :class:`UsageError` for a batch size below 1, or one that leaves no batch.
 

@@ -6,7 +6,7 @@ how many stones there are. Source: Yu et al., arXiv 2411.01547; each decision th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,67 +74,6 @@ def halving_weights(count: int) -> tuple[float, ...]:
     return tuple(0.5 ** (count - depth) for depth in range(1, count + 1))
 
 
-def block_kd_loss(
-    logits: Logits,
-    target: Tensor,
-    *,
-    weights: Sequence[float] | None = None,
-    ce_weight: float = 1.0,
-    kd_weight: float = 1.0,
-    cross_weight: float = 0.0,
-    temperature: float = 4.0,
-    label_smoothing: float = 0.0,
-    ignore_index: int | None = None,
-    distance: Distance = kl,
-) -> Losses:
-    """``ce_weight · L_task + kd_weight · L_distill + cross_weight · L_cross``.
-
-    With student S, stones N_i, teacher T and stone weights w_i (Yu et al., section 3):
-    L_task = CE(S, y) + Σ w_i CE(N_i, y); L_distill = d(S, T) + Σ w_i d(N_i, T);
-    L_cross = d(S, E) + Σ d(N_i, E) with E the mean of the stones. Ours: E is detached, and the
-    w_i do not enter L_cross.
-
-    Args:
-        target: class indices (batch,), or the share of every class (batch, classes), as mixup and
-            cutmix make them.
-        weights: one w_i for each stone, 2^-(n-i) when left out.
-        ignore_index: the label of samples that no term counts.
-
-    >>> logits = Logits(torch.zeros(2, 3), torch.zeros(1, 2, 3), torch.zeros(2, 3), depths=(1,))
-    >>> round(block_kd_loss(logits, torch.tensor([0, 1])).total.item(), 3)  # 2 · ln 3
-    2.197
-    """
-    count = len(logits.stones)
-    weights = halving_weights(count) if weights is None else weights
-    if len(weights) != count:
-        raise ValueError(f"{len(weights)} weights for {count} stones")
-    everyone = _at_least_float32(torch.cat([logits.student[None], logits.stones]))
-    teacher = _at_least_float32(logits.teacher)
-    if ignore_index is not None and not target.is_floating_point():
-        counted = target != ignore_index
-        everyone, teacher, target = everyone[:, counted], teacher[counted], target[counted]
-        if not len(target):
-            return Losses(everyone.sum(), {})  # zero, and still part of the graph
-    factors = everyone.new_tensor([1.0, *weights])
-    names = ["student", *(f"stone {depth}" for depth in logits.depths)]
-    parts: dict[str, Tensor] = {}
-    total = everyone.new_zeros(())
-    if ce_weight:
-        task = _cross_entropy(everyone, target, label_smoothing)
-        total = total + ce_weight * (factors * task).sum()
-        parts |= _by_name("ce", names, task)
-    if kd_weight:
-        distill = distance(everyone, teacher, target, temperature)
-        total = total + kd_weight * (factors * distill).sum()
-        parts |= _by_name("kd", names, distill)
-    if cross_weight and count:
-        ensemble = everyone[1:].mean(0).detach()
-        cross = distance(everyone, ensemble, target, temperature)
-        total = total + cross_weight * cross.sum()
-        parts |= _by_name("cross", names, cross)
-    return Losses(total, parts)
-
-
 def task_loss(
     logits: Tensor,
     target: Tensor,
@@ -152,12 +91,12 @@ def task_loss(
     return Losses(task, {"ce student": task.detach()})
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
     """Logits of mixed precision are too coarse for a logarithm of small probabilities."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _cross_entropy(everyone: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+def cross_entropy(everyone: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     """(sets, batch, classes) → (sets,)."""
     sets, batch, _ = everyone.shape
     losses = functional.cross_entropy(
@@ -167,7 +106,3 @@ def _cross_entropy(everyone: Tensor, target: Tensor, label_smoothing: float) -> 
         label_smoothing=label_smoothing,
     )
     return losses.view(sets, batch).mean(-1)
-
-
-def _by_name(name: str, who: list[str], values: Tensor) -> dict[str, Tensor]:
-    return {f"{name} {one}": value for one, value in zip(who, values.detach(), strict=True)}

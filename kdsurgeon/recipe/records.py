@@ -230,6 +230,9 @@ class LossRecipe(Section):
     label_smoothing: Below1 = 0.0
     """share of the label spread over all classes, no unit; ours"""
 
+    fused: Switch = True
+    """all terms of all stones in one kernel where there is one: on CUDA, with distance kl; ours"""
+
     @field_validator("cross_weight")
     @classmethod
     def _some_weight(cls, value: float, info: ValidationInfo) -> float:
