@@ -1,7 +1,10 @@
 """The frozen teacher, folded and thinned out: the same function at less cost."""
 
 import copy
+import importlib
+import os
 from collections.abc import Callable, Iterable, Mapping
+from unittest import mock
 
 import pytest
 import torch
@@ -9,8 +12,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from kdsurgeon.losses import block_kd_loss
-from kdsurgeon.stones import partition, synthesize
-from kdsurgeon.stones.frozen import FrozenConvolution, FrozenScale, rectify
+from kdsurgeon.stones import partition, rectifier, synthesize
+from kdsurgeon.stones.frozen import FrozenConvolution, FrozenScale
+from kdsurgeon.stones.rectifier import rectify
 from tests import bootstrap, models
 from tests.test_stones import PAIRS, planned
 
@@ -233,3 +237,26 @@ class Tail(fx.Interpreter):
         if str(name).startswith("student."):
             return self.given["student."]
         return super().run_node(n)
+
+
+# the rectifier's kernels ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 8191, 8193, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernel_for_cuda_packs_what_numpy_packs(count, dtype):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count)).to(dtype)
+    values[::5] = 0.0
+    wanted, bits = torch.ops.kdsurgeon.rectify(values)
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+        import triton
+
+        importlib.reload(triton.language.standard)
+        importlib.reload(triton.language)
+        rectifier.kernels.cache_clear()
+        result, kept = rectifier.pack(values)
+        gradient = torch.randn(count, generator=torch.Generator().manual_seed(1)).to(dtype)
+        passed = rectifier.unpack(gradient, kept)
+        rectifier.kernels.cache_clear()
+    assert torch.equal(result, wanted) and torch.equal(kept, bits)
+    assert torch.equal(passed, gradient * (values > 0))

@@ -4,9 +4,13 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from kdsurgeon.checkpoints import load_model
 from kdsurgeon.distillation import formula, objective
 from kdsurgeon.errors import ConfigError
+from kdsurgeon.losses import block_kd_loss
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.stones import chosen_depths, forecast, partition, stones_at, synthesize
 from kdsurgeon.training import Moment
@@ -61,8 +65,6 @@ def test_the_expected_gradient_of_one_random_stone_is_that_of_all_of_them():
 
 
 def test_a_step_through_one_stone_runs_its_tail_only():
-    from torch.utils.flop_counter import FlopCounterMode
-
     plan = planned()
     stones = synthesize(plan)
     for depth in (1, 2, 3):
@@ -99,3 +101,35 @@ def test_the_formula_says_that_one_stone_is_drawn():
 def test_a_schedule_that_is_none_is_refused(schedule):
     with pytest.raises(ConfigError, match=r"stone_schedule must be a list of"):
         Recipe(loss={"stone_schedule": schedule})
+
+
+class CountsKernels(TorchDispatchMode):
+    """Operations that compute: neither views nor memory that is only reserved."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returns = func._schema.returns
+        is_view = any(each.alias_info and not each.alias_info.is_write for each in returns)
+        self.count += not is_view and "empty" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_resnet32x4_to_resnet8x4_dispatches_327_kernels_and_the_formulas_flops():
+    teacher, student = (load_model(f"cifar/{name}").model for name in ("resnet32x4", "resnet8x4"))
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([3, 99])
+    plan = partition(teacher, student, images)
+    stones = synthesize(plan)
+
+    def step():
+        block_kd_loss(stones(images), labels).total.backward()
+
+    step()  # gradients exist from here on, as in every later step
+    stones.zero_grad(set_to_none=True)
+    with FlopCounterMode(display=False) as flops, CountsKernels() as kernels:
+        step()
+    assert kernels.count + 1 <= 327  # and one for the update of all weights
+    first_layer = next(student.children()).weight.numel() * 32 * 32  # its input has no gradient
+    assert flops.get_total_flops() == 2 * len(images) * (forecast(plan).with_stones - first_layer)

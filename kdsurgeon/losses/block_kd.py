@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -59,82 +60,72 @@ def block_kd_loss(
     everyone = torch.cat([logits.student[None], logits.stones])
     teacher = logits.teacher.detach()
     names = ["student", *(f"stone {depth}" for depth in logits.depths)]
-    with_ensemble = bool(cross_weight) and count > 0
     if fused and can_fuse(everyone, teacher, target, distance) is None:
-        terms = _fused_terms
+        terms = partial(
+            fused_ce_kl,
+            target=target,
+            temperature=temperature,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )
     else:
-        terms = _stacked_terms
         everyone, teacher = at_least_float32(everyone), at_least_float32(teacher)
         if ignore_index is not None and not target.is_floating_point():
             counted = target != ignore_index
             everyone, teacher, target = everyone[:, counted], teacher[counted], target[counted]
             if not len(target):
                 return Losses(everyone.sum(), {})  # zero, and still part of the graph
+        terms = partial(
+            _stacked,
+            target=target,
+            temperature=temperature,
+            label_smoothing=label_smoothing,
+            distance=distance,
+        )
+    factors = (1.0, *weights)
     total, ce, kd = terms(
-        everyone, teacher, target, temperature, distance, label_smoothing, ignore_index,
-        [factor * ce_weight for factor in (1.0, *weights)],
-        [factor * kd_weight for factor in (1.0, *weights)],
-    )  # fmt: skip
+        everyone,
+        teacher,
+        ce_factors=[ce_weight * factor for factor in factors],
+        kd_factors=[kd_weight * factor for factor in factors],
+    )
     parts = (_by_name("ce", names, ce) if ce_weight else {}) | (
         _by_name("kd", names, kd) if kd_weight else {}
     )
-    if with_ensemble:
-        ensemble = at_least_float32(everyone[1:].detach()).mean(0).to(everyone.dtype)
+    if cross_weight and count:
+        ensemble = everyone[1:].detach().mean(0)
         cross_total, _, cross = terms(
-            everyone, ensemble, target, temperature, distance, label_smoothing, ignore_index,
-            [0.0] * (count + 1), [cross_weight] * (count + 1),
-        )  # fmt: skip
+            everyone,
+            ensemble,
+            ce_factors=[0.0] * len(factors),
+            kd_factors=[cross_weight] * len(factors),
+        )
         total = total + cross_total
         parts |= _by_name("cross", names, cross)
     return Losses(total, parts)
 
 
-def _stacked_terms(
+def _stacked(
     everyone: Tensor,
     teacher: Tensor,
+    *,
     target: Tensor,
     temperature: float,
-    distance: Distance,
     label_smoothing: float,
-    ignore_index: int | None,
+    distance: Distance,
     ce_factors: Sequence[float],
     kd_factors: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, CE of each set, distance of each set) by operations on all sets at once."""
-    zeros = everyone.new_zeros(len(everyone))
-    total = everyone.new_zeros(())
-    ce, kd = zeros, zeros
+    """(weighted sum, CE of each set, distance of each set), in operations on all sets at once."""
+    ce = kd = everyone.detach()[:, 0, 0]  # not looked at where the factors are 0
+    sums = []
     if any(ce_factors):
         ce = cross_entropy(everyone, target, label_smoothing)
-        total = total + (everyone.new_tensor(ce_factors) * ce).sum()
+        sums.append((everyone.new_tensor(ce_factors) * ce).sum())
     if any(kd_factors):
         kd = distance(everyone, teacher, target, temperature)
-        total = total + (everyone.new_tensor(kd_factors) * kd).sum()
-    return total, ce, kd
-
-
-def _fused_terms(
-    everyone: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    temperature: float,
-    distance: Distance,
-    label_smoothing: float,
-    ignore_index: int | None,
-    ce_factors: Sequence[float],
-    kd_factors: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by one kernel."""
-    return fused_ce_kl(
-        everyone,
-        teacher,
-        target,
-        temperature,
-        ce_factors=ce_factors,
-        kd_factors=kd_factors,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-    )
+        sums.append((everyone.new_tensor(kd_factors) * kd).sum())
+    return (sum(sums[1:], sums[0]) if sums else 0 * everyone.sum()), ce, kd
 
 
 def _by_name(name: str, who: list[str], values: Tensor) -> dict[str, Tensor]:

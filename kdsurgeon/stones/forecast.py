@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 
 from kdsurgeon import adapters
 from kdsurgeon.costs import Cost, module_cost, total
-from kdsurgeon.errors import PlanError
-from kdsurgeon.stones.plan import Plan, Stone
+from kdsurgeon.errors import PlanError, UsageError
+from kdsurgeon.stones.plan import Plan, Stone, check_depths
 
 # What memory costs beside arithmetic, as multiply-adds: fitted to steps on a CPU, and checked on
 # other pairs, in benchmarks/forecast.py.
@@ -26,7 +28,8 @@ class Forecast:
     tail once: distillation T + 3 S, each stone 3 adapter + 2 tail more. Time, in multiply-adds too,
     adds :data:`PER_ACTIVATION_BYTE` for each byte of activations that is computed, and
     :data:`PER_WEIGHT_READ` for each weight that is read, once a batch. Activation bytes are what is
-    kept for the backward pass: the student's, the adapters', the tails'.
+    kept for the backward pass: the student's, the adapters', the tails'. The teacher's own pass
+    keeps none, and what it needs while it runs is left out.
     """
 
     distillation: int
@@ -58,7 +61,12 @@ def forecast(plan: Plan, depths: Collection[int] | None = None, *, batch: int = 
 
     Left out, those are all stones that have a weight. The larger the ``batch``, the less the
     weights count that it reads.
+
+    Raises:
+        PlanError: a depth that the plan lacks.
     """
+    if depths is not None:
+        check_depths(plan, depths)
     chosen = [
         stone
         for stone in plan.stones
@@ -89,21 +97,40 @@ def within_budget(plan: Plan, ratio: float, *, batch: int = 64) -> tuple[int, ..
     The deepest have the largest weight and the shortest tail.
 
     Raises:
-        PlanError: not even the last stone fits.
+        UsageError: ``ratio`` is not a number of 1 or more.
+        PlanError: not even the last stone fits, or no stone has a weight.
     """
+    _check_ratio(ratio)
     chosen: tuple[int, ...] = ()
-    for stone in reversed([stone for stone in plan.stones if stone.weight > 0]):
+    weighted = [stone for stone in plan.stones if stone.weight > 0]
+    if not weighted:
+        raise PlanError(
+            "the plan has no stone to train.",
+            why="every weight is 0" if plan.stones else "it has no boundaries",
+            fix="give a stone a weight above 0, or use --method kd",
+        )
+    for stone in reversed(weighted):
         if forecast(plan, (stone.depth, *chosen), batch=batch).time_ratio > ratio:
             break
         chosen = (stone.depth, *chosen)
     if not chosen:
-        least = forecast(plan, (len(plan.stones),), batch=batch).time_ratio
+        least = forecast(plan, (weighted[-1].depth,), batch=batch).time_ratio
         raise PlanError(
             f"no stone fits a budget of {ratio:g} × plain distillation.",
             why=f"the last stone alone needs {least:.2f} ×",
             fix=f"--budget {least + 0.005:.2f}x or more, or --method kd",
         )
     return chosen
+
+
+def _check_ratio(ratio: Any) -> None:
+    is_number = isinstance(ratio, Real) and not isinstance(ratio, bool)
+    if not is_number or not float(ratio) >= 1:  # which NaN is not
+        raise UsageError(
+            f"a budget of {ratio!r} is not a multiple of what plain distillation costs.",
+            why="no step costs less than a step of plain distillation, which is 1",
+            fix="give a number of 1 or more, e.g. 1.5",
+        )
 
 
 def adapter_cost(stone: Stone) -> Cost:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from kdsurgeon.stones.rectifier import rectify
 from kdsurgeon.tracing import operation_name
 
 State = dict[str, Any]  # modules and tensors by their name in a graph
@@ -76,11 +76,6 @@ class FrozenScale(nn.Module):
         return torch.addcmul(self.shift.view(shape), value, self.scale.view(shape))
 
 
-def rectify(value: Tensor) -> Tensor:
-    """ReLU that keeps one bit for each value (on a GPU one byte, which costs no extra kernel)."""
-    return _Rectify.apply(value) if value.requires_grad else value.relu()  # pyright: ignore[reportReturnType]
-
-
 class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any):
@@ -100,33 +95,6 @@ class _Convolve(torch.autograd.Function):
             given["groups"], [True, False, False],
         )  # fmt: skip
         return result, None, None, None
-
-
-class _Rectify(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor):
-        result = value.relu()
-        mask = result > 0  # has the strides of a dense tensor
-        ctx.shape, ctx.stride = result.shape, result.stride()
-        ctx.is_packed = mask.device.type == "cpu" and mask.stride() == ctx.stride
-        ctx.save_for_backward(_pack(mask) if ctx.is_packed else mask)
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (kept,) = ctx.saved_tensors
-        return gradient * (_unpack(kept, ctx.shape, ctx.stride) if ctx.is_packed else kept)
-
-
-def _pack(mask: Tensor) -> Tensor:
-    """Eight values a byte, in the order in which they lie in memory."""
-    return torch.from_numpy(np.packbits(mask.as_strided((mask.numel(),), (1,)).numpy()))
-
-
-def _unpack(packed: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
-    flat = torch.from_numpy(np.unpackbits(packed.numpy(), count=shape.numel()))
-    return flat.view(torch.bool).as_strided(shape, stride)
 
 
 def _per_axis(value: int | tuple[int, ...], axes: int) -> list[int]:

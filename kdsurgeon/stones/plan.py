@@ -6,24 +6,26 @@ A plan is data: it can be read, edited by hand, diffed, and is checked against b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from kdsurgeon import similarity
-from kdsurgeon.adapters import AdapterSpec, adapter_for
-from kdsurgeon.alignment import Alignment, align
+from kdsurgeon.adapters import AdapterSpec, Operation, adapter_for
+from kdsurgeon.adapters.choosing import check_limit
+from kdsurgeon.alignment import Alignment, align, check_wishes
 from kdsurgeon.checkpoints import write_whole
-from kdsurgeon.errors import PlanError, TraceError, nearest
+from kdsurgeon.errors import ConfigError, PlanError, TraceError, UsageError, nearest
 from kdsurgeon.losses.formulas import halving_weights
 from kdsurgeon.partitioning import CutPoint, Partition, fingerprint
-from kdsurgeon.recipe import read_yaml, write_yaml
+from kdsurgeon.recipe import Document, read_yaml, write_yaml
 from kdsurgeon.tracing import Inputs, Trace, trace, trace_whole
 
 PLAN_VERSION = 2
+_ANEW = "make a new plan: kdsurgeon partition TEACHER STUDENT -o plan.yaml"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Plan:
     def __repr__(self) -> str:
         pairs = self.alignment.boundaries
         names = ", ".join(f"{pair.teacher.name} ← {pair.student.name}" for pair in pairs)
-        return f"Plan({len(self.stones)} stones: {names})"
+        count = len(self.stones)
+        return f"Plan({count} stone{'' if count == 1 else 's'}: {names})"
 
     @property
     def teacher(self) -> Partition:
@@ -138,9 +141,11 @@ def partition(
         blocks, pairs: see :func:`kdsurgeon.alignment.align`.
         max_adapter_parameters: of the adapters of one stone; larger ones are factorised.
         probe: batches of inputs on which the two models are compared; how alike they see them
-            (linear CKA) counts in the alignment then.
+            (linear CKA) counts in the alignment then. Of the example's shape, and 8 samples or more
+            in all.
 
     Raises:
+        UsageError: an argument that cannot be meant.
         TraceError, AlignmentError, PlanError.
 
     >>> import torch
@@ -153,6 +158,7 @@ def partition(
     >>> [(pair.teacher.name, pair.student.name) for pair in plan.alignment.boundaries]
     [('1', '1'), ('4', '4')]
     """
+    check_wishes(blocks, pairs)
     capture = trace if blocks else _trace_somehow
     teacher_trace = capture(teacher, example, name=names[0])
     student_trace = capture(student, example, name=names[1])
@@ -161,7 +167,9 @@ def partition(
         student_trace,
         blocks=blocks,
         pairs=pairs,
-        similarity=similarity.probe(teacher_trace, student_trace, probe) if probe else None,
+        similarity=(
+            None if probe is None else similarity.probe(teacher_trace, student_trace, probe)
+        ),
     )
     return plan_stones(alignment, max_adapter_parameters=max_adapter_parameters)
 
@@ -176,6 +184,9 @@ def _trace_somehow(model: nn.Module, example: Inputs, *, name: str) -> Trace:
 
 def plan_stones(alignment: Alignment, *, max_adapter_parameters: int | None = None) -> Plan:
     """One stone for each boundary, weighted 2^-(n-i), with the adapters that its shapes need."""
+    if max_adapter_parameters is not None and alignment.boundaries:
+        pairs = [(pair.student, pair.teacher) for pair in alignment.boundaries]
+        check_limit(pairs, max_adapter_parameters)
     weights = halving_weights(len(alignment.boundaries))
     return Plan(
         alignment,
@@ -192,13 +203,37 @@ def plan_stones(alignment: Alignment, *, max_adapter_parameters: int | None = No
     )
 
 
+def check_depths(plan: Plan, depths: Collection[int]) -> None:
+    """Raises :class:`PlanError` at the first depth that the plan has no stone of."""
+    known = [stone.depth for stone in plan.stones]
+    for depth in depths:
+        if depth not in known:
+            raise PlanError(
+                f"the plan has no stone of depth {depth}.",
+                known=", ".join(map(str, known)) or "none",
+                fix="change loss.stones, or plan more blocks with --blocks",
+            )
+
+
 def read_plan(path: str | Path, teacher: Trace, student: Trace) -> Plan:
     """A saved plan, possibly edited by hand, checked against these two models.
 
+    Args:
+        path: the file that :meth:`Plan.save` or ``kdsurgeon partition -o`` wrote.
+        teacher, student: the models as :func:`kdsurgeon.trace` captures them on inputs of the
+            shape that the plan was made for.
+
     Raises:
+        ConfigError: no YAML file, or what it holds is not plain YAML.
         PlanError: made for other models, or a node, adapter or weight is wrong; says where.
     """
-    data = read_yaml(path)
+    for side, captured in (("teacher", teacher), ("student", student)):
+        if not isinstance(captured, Trace):
+            raise UsageError(
+                f"the {side} to read a plan for is a {type(captured).__name__}, not a Trace.",
+                fix="capture it first: kdsurgeon.trace(model, example)",
+            )
+    data = _read(Path(path))
     name = Path(path).name
     _check_plan_keys(name, data)
     for side, captured in (("teacher", teacher), ("student", student)):
@@ -206,10 +241,13 @@ def read_plan(path: str | Path, teacher: Trace, student: Trace) -> Plan:
             raise PlanError(
                 f"{name} was made for another {side} than {captured.name}.",
                 why="the graphs differ: other layers, or images of another size",
-                fix="make a new plan: kdsurgeon partition TEACHER STUDENT -o plan.yaml",
+                fix=_ANEW,
             )
     entries = data["boundaries"]
-    pairs = [(_joined(entry["teacher"]), _joined(entry["student"])) for entry in entries]
+    pairs = [
+        (" + ".join(_names(entry["teacher"])), " + ".join(_names(entry["student"])))
+        for entry in entries
+    ]
     plan = plan_stones(align(teacher, student, pairs=pairs))
     stones = []
     for entry, stone in zip(entries, plan.stones, strict=True):
@@ -223,59 +261,100 @@ def read_plan(path: str | Path, teacher: Trace, student: Trace) -> Plan:
     return Plan(plan.alignment, tuple(stones))
 
 
-def _joined(names: str | Sequence[str]) -> str:
-    return names if isinstance(names, str) else " + ".join(names)
+def _read(path: Path) -> Document:
+    """The YAML of a plan; what is wrong with it comes with a way out."""
+    if path.is_dir():
+        inner = path / "plan.yaml"
+        raise PlanError(
+            f"{path} is a folder, not a plan.",
+            fix=f"name the file: {inner if inner.is_file() else 'FOLDER/plan.yaml'}",
+        )
+    try:
+        return read_yaml(path)
+    except ConfigError as error:
+        fix = f"mend what is named above, or {_ANEW}"
+        raise ConfigError(error.what, **{"fix": fix} | error.notes) from error
+
+
+def _names(given: str | Sequence[str]) -> list[str]:
+    """The tensors of a cut, from a list or from one text."""
+    parts = [given] if isinstance(given, str) else given
+    return [name.strip() for part in parts for name in part.split(" + ")]
 
 
 def _edited(name: str, stone: Stone, entry: Mapping[str, Any]) -> tuple[AdapterSpec, ...]:
     """The stone's adapters with the operations and ranks that the file gives."""
-    given: list[list[Any]] = []
-    for key, own in (
-        ("adapter", [spec.operation for spec in stone.adapters]),
-        ("rank", [None for _ in stone.adapters]),
-    ):
-        value = entry.get(key, own)
-        values = value if isinstance(value, list) else [value]
-        if len(values) != len(stone.adapters):
-            raise PlanError(
-                f"{name}: boundary {stone.depth} needs {len(stone.adapters)} adapters, one for "
-                "each tensor of the teacher's cut.",
-                where=f"{key}: {value!r}",
-            )
-        given.append(values)
-    for rank in given[1]:
-        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-            raise PlanError(
-                f"{name}: the rank of boundary {stone.depth} is {rank!r}.",
-                fix="give a whole number of 1 or more, or leave it out",
-            )
-    return tuple(
-        replace(spec, operation=operation, rank=rank)
-        for spec, operation, rank in zip(stone.adapters, *given, strict=True)
-    )
+    operations = _given(name, stone, entry, "adapter", [spec.operation for spec in stone.adapters])
+    ranks = _given(name, stone, entry, "rank", [None for _ in stone.adapters])
+    edited = []
+    for own, operation, rank in zip(stone.adapters, operations, ranks, strict=True):
+        _check_adapter(name, stone.depth, own, operation, rank)
+        try:
+            edited.append(replace(own, operation=operation, rank=rank))
+        except PlanError as error:
+            what = f"{name}: boundary {stone.depth}: {error.what}"
+            raise PlanError(what, **error.notes) from error
+    return tuple(edited)
 
 
-def _check_plan_keys(name: str, data: Any) -> None:
-    wanted = {"plan", "teacher", "student", "boundaries"}
-    if not isinstance(data, Mapping) or set(data) - {"certificate"} != wanted:
+def _given(
+    name: str, stone: Stone, entry: Mapping[str, Any], key: str, own: list[Any]
+) -> list[Any]:
+    """What the file says under ``key`` for each adapter of the stone, in the stone's order."""
+    if key not in entry:
+        return own
+    values = entry[key] if isinstance(entry[key], list) else [entry[key]]
+    count = len(stone.adapters)
+    if len(values) != count:
         raise PlanError(
-            f"{name} is not a plan.", why=f"its keys must be {', '.join(sorted(wanted))}"
+            f"{name}: boundary {stone.depth} needs {count} adapter{'s' * (count != 1)}, one for "
+            "each tensor of the teacher's cut.",
+            where=f"{key}: {entry[key]!r}",
+            fix=f"{key}: {_alone(own)}" if key == "adapter" else "leave the ranks out",
         )
-    if data["plan"] != PLAN_VERSION:
-        raise PlanError(f"{name} is a plan of version {data['plan']}; this reads {PLAN_VERSION}.")
+    order = _names(entry["teacher"])
+    return [values[order.index(spec.target.name)] for spec in stone.adapters]
+
+
+def _check_adapter(name: str, depth: int, own: AdapterSpec, operation: Any, rank: Any) -> None:
+    known = get_args(Operation)
+    if operation not in known:
+        empty, what = "the adapter is empty", f'no adapter is called "{operation}"'
+        raise PlanError(
+            f"{name}: boundary {depth}: {empty if operation is None else what}.",
+            known=", ".join(known),
+            fix=nearest(str(operation), known) or f"use {own.operation}, or leave the line out",
+        )
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise PlanError(
+            f"{name}: the rank of boundary {depth} is {rank!r}.",
+            fix="give a whole number of 1 or more, or leave it out",
+        )
+
+
+_KEYS = ("plan", "teacher", "student", "boundaries")
+
+
+def _check_plan_keys(name: str, data: Mapping[str, Any]) -> None:
+    missing = [key for key in _KEYS if key not in data]
+    unknown = [key for key in data if key not in (*_KEYS, "certificate")]
+    if missing or unknown:
+        meant = nearest(unknown[0], missing or _KEYS) if unknown else None
+        raise PlanError(
+            f"{name} is not a plan.",
+            unknown=", ".join(unknown),
+            missing=", ".join(missing),
+            fix=meant or (_ANEW if missing else "leave out what is unknown"),
+        )
+    _check_version(name, data["plan"])
     entries = data["boundaries"]
     if not isinstance(entries, list) or not entries:
-        raise PlanError(f"{name} lists no boundaries.")
+        raise PlanError(
+            f"{name} lists no boundaries.",
+            fix=f"write at least one below `boundaries:`, or {_ANEW}",
+        )
     for depth, entry in enumerate(entries, start=1):
-        allowed = {"teacher", "student", "adapter", "rank", "weight"}
-        if not isinstance(entry, Mapping) or not {"teacher", "student"} <= set(entry) <= allowed:
-            unknown = sorted(set(entry) - allowed) if isinstance(entry, Mapping) else []
-            raise PlanError(
-                f"{name}: boundary {depth} must name teacher and student (adapter, rank and weight "
-                "are optional), and nothing else.",
-                unknown=", ".join(map(str, unknown)),
-                fix=nearest(str(unknown[0]), allowed) if unknown else None,
-            )
+        _check_entry(f"{name}: boundary {depth}", entry)
         for side in ("teacher", "student"):
             names = entry[side] if isinstance(entry[side], list) else [entry[side]]
             if not names or not all(isinstance(each, str) for each in names):
@@ -285,4 +364,36 @@ def _check_plan_keys(name: str, data: Any) -> None:
                 )
     for side in ("teacher", "student"):
         if not isinstance(data[side], Mapping):
-            raise PlanError(f"{name}: {side} must hold the hash of its graph.")
+            raise PlanError(f"{name}: {side} must hold the hash of its graph.", fix=_ANEW)
+
+
+def _check_version(name: str, version: Any) -> None:
+    if version == PLAN_VERSION:
+        return
+    is_number = isinstance(version, int) and not isinstance(version, bool)
+    if is_number:
+        fix = _ANEW if version < PLAN_VERSION else f"update kdsurgeon, or {_ANEW}"
+    else:
+        fix = f"write plan: {PLAN_VERSION}"
+    raise PlanError(f"{name} is a plan of version {version}; this reads {PLAN_VERSION}.", fix=fix)
+
+
+def _check_entry(where: str, entry: Any) -> None:
+    wanted, optional = ("teacher", "student"), ("adapter", "rank", "weight")
+    found = entry if isinstance(entry, Mapping) else {}
+    missing = [key for key in wanted if key not in found]
+    unknown = [str(key) for key in found if key not in (*wanted, *optional)]
+    if missing or unknown:
+        meant = nearest(unknown[0], (*wanted, *optional)) if unknown else None
+        raise PlanError(
+            f"{where} must name teacher and student (adapter, rank and weight are optional), and "
+            "nothing else.",
+            unknown=", ".join(unknown),
+            missing=", ".join(missing),
+            fix=meant
+            or (
+                "leave out what is unknown"
+                if unknown
+                else "write `teacher: NODE` and `student: NODE`"
+            ),
+        )
