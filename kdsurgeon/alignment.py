@@ -7,15 +7,15 @@ is fixed: it stands before both heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from math import inf, log2
-from typing import Literal
+from typing import Any, Literal
 
 import networkx as nx
 
-from kdsurgeon.errors import AlignmentError
+from kdsurgeon.errors import AlignmentError, PlanError, UsageError
 from kdsurgeon.layouts import Activation
 from kdsurgeon.partitioning import CutPoint, Partition, cut, find_cut_points
 from kdsurgeon.tracing import Trace
@@ -80,16 +80,24 @@ def align(
         blocks: how many boundaries (and stepping stones); ``"auto"`` is one per resolution stage,
             or four groups of equal compute where the resolution never changes; 0 pairs nothing.
         pairs: names of (teacher cut point, student cut point) to use instead of searching; the
-            tensors of a wide cut point are joined by " + ".
+            tensors of a wide cut point are joined by " + ", in any order.
         similarity: how alike the candidates of both models are, from 0 to 1, by name; such as
             :func:`kdsurgeon.similarity.probe` measures.
 
     Raises:
+        UsageError: ``blocks`` or ``pairs`` is of another type.
         AlignmentError: the models differ in classes, or share no usable boundary.
-        PlanError: a hand-named pair is unknown, not a cut point, or out of order.
+        PlanError: a hand-named pair is unknown, not a cut point, given twice, or out of order.
     """
+    check_wishes(blocks, pairs)
     for each in (teacher, student):
         _check_logits(each)
+    if teacher.num_classes == 1:
+        raise AlignmentError(
+            f"{teacher.name} has one logit, and one class alone teaches nothing.",
+            why="a softmax over one logit is always 1",
+            fix="give it two classes: two logits, no and yes",
+        )
     if teacher.num_classes != student.num_classes:
         raise AlignmentError(
             f"{teacher.name} has {teacher.num_classes} classes, "
@@ -101,9 +109,7 @@ def align(
         return _cut_both(teacher, student, [])
     if pairs is not None:
         return _align_by_name(teacher, student, pairs)
-    pooled = _has_pooled_head(teacher) and _has_pooled_head(student)
-    rows, columns = (candidates(each, pooled=pooled) for each in (teacher, student))
-    _check_kinds(teacher, student, rows, columns)
+    rows, columns, relaxed = _offers(teacher, student)
     alike = similarity(rows, columns) if similarity else {}
     count = _number_of_blocks(rows, columns, blocks)
     while True:
@@ -126,8 +132,55 @@ def align(
         )
         for depth, (i, j) in enumerate(path)
     ]
-    relaxed = () if octaves == _OCTAVES[0] else (_relaxation(octaves),)
+    relaxed += () if octaves == _OCTAVES[0] else (_relaxation(octaves),)
     return _cut_both(teacher, student, boundaries, relaxed)
+
+
+def check_wishes(blocks: Any, pairs: Any) -> None:
+    """Raises :class:`UsageError` where these are not what :func:`align` takes.
+
+    >>> check_wishes(2, [("layer1", "blocks.0")])
+    >>> check_wishes("2", None)
+    Traceback (most recent call last):
+    kdsurgeon.errors.UsageError: blocks is '2'.
+      fix: give "auto" or a whole number: blocks=4; 0 plans no boundary
+    """
+    if blocks != "auto" and (isinstance(blocks, bool) or not isinstance(blocks, int)):
+        raise UsageError(
+            f"blocks is {blocks!r}.",
+            fix='give "auto" or a whole number: blocks=4; 0 plans no boundary',
+        )
+    if pairs is None:
+        return
+    is_list = isinstance(pairs, list | tuple) and bool(pairs)
+    if not is_list or not all(map(_is_pair, pairs)):
+        raise UsageError(
+            "pairs must be a list of (teacher cut point, student cut point), each a name.",
+            given=repr(pairs)[:80],
+            fix='e.g. pairs=[("layer1", "blocks.0"), ("a + b", "pool")]',
+        )
+
+
+def _is_pair(pair: Any) -> bool:
+    is_two = isinstance(pair, list | tuple) and len(pair) == 2
+    return is_two and all(isinstance(name, str) for name in pair)
+
+
+def _offers(
+    teacher: Trace, student: Trace
+) -> tuple[list[CutPoint], list[CutPoint], tuple[str, ...]]:
+    """What may stand at a boundary of either, and the wish that was given up for it.
+
+    A network without places, such as an MLP, meets another behind that one's pooling only.
+    """
+    pooled = _has_pooled_head(teacher) and _has_pooled_head(student)
+    rows, columns = (candidates(each, pooled=pooled) for each in (teacher, student))
+    if _can_end(rows, columns):
+        return rows, columns, ()
+    flat_rows, flat_columns = (_vectors(each) for each in (teacher, student))
+    if _can_end(flat_rows, flat_columns):
+        return flat_rows, flat_columns, ("no maps or tokens can be paired; vectors were allowed",)
+    raise _nothing_in_common(teacher, student, rows, columns)
 
 
 def _check_logits(trace: Trace) -> None:
@@ -146,20 +199,34 @@ def _relaxation(octaves: float) -> str:
 
 
 def _align_by_name(teacher: Trace, student: Trace, pairs: Sequence[tuple[str, str]]) -> Alignment:
-    by_name = [{point.name: point for point in find_cut_points(t)} for t in (teacher, student)]
-    boundaries = []
-    for names in pairs:
-        points = [
-            known.get(name) or _unknown(name) for known, name in zip(by_name, names, strict=True)
-        ]
-        boundaries.append(Boundary(points[0], points[1], {"by hand": 0.0}))
+    rows = _points_by_name(teacher, [name for name, _ in pairs])
+    columns = _points_by_name(student, [name for _, name in pairs])
+    boundaries = [
+        Boundary(row, column, {"by hand": 0.0}) for row, column in zip(rows, columns, strict=True)
+    ]
     return _cut_both(teacher, student, boundaries)
 
 
-def _unknown(name: str) -> CutPoint:
+def _points_by_name(trace: Trace, names: Iterable[str]) -> list[CutPoint]:
+    """The cut points of these names, their tensors in any order."""
+    known = {frozenset(point.names): point for point in find_cut_points(trace)}
+    found: list[CutPoint] = []
+    for name in names:
+        parts = [part.strip() for part in name.split(" + ")]
+        point = known.get(frozenset(parts)) if len({*parts}) == len(parts) else None
+        if point is not None and point in found:
+            raise PlanError(
+                f"{point.name} of {trace.name} is given twice.",
+                why="every boundary cuts a model at a place of its own",
+                fix="leave one of the two out, or name another cut point",
+            )
+        found.append(point or _unknown(parts))
+    return found
+
+
+def _unknown(parts: Sequence[str]) -> CutPoint:
     """A cut point that the partition will refuse by name."""
-    tensors = tuple(Activation(part, (1,), "BC") for part in name.split(" + "))
-    return CutPoint(tensors, 0.0, False)
+    return CutPoint(tuple(Activation(part, (1,), "BC") for part in parts), 0.0, False)
 
 
 def _cut_both(
@@ -183,9 +250,18 @@ def candidates(trace: Trace, *, pooled: bool = False) -> list[CutPoint]:
     and before any pooling. What follows the last mixing of positions is the head: single positions
     are a choice only if ``pooled`` maps are asked for, or where no map or tokens are left.
     """
-    found = [point for point in find_cut_points(trace) if not _is_classified(point, trace)]
+    found = _unclassified(trace)
     least = 1 if pooled else 2
-    points = [point for point in found if _has_positions(point, least)] or found
+    return _choices([point for point in found if _has_positions(point, least)] or found)
+
+
+def _vectors(trace: Trace) -> list[CutPoint]:
+    """As :func:`candidates`, of what has no places: an MLP, or what follows a pooling."""
+    found = _unclassified(trace)
+    return _choices([p for p in found if all(each.kind == "vector" for each in p.tensors)])
+
+
+def _choices(points: list[CutPoint]) -> list[CutPoint]:
     upright = [point for point in points if not _is_stretched(point)]
     points = upright if len(upright) > MAX_BLOCKS_WITHOUT_STAGES else points
     classes: list[CutPoint] = []
@@ -199,6 +275,10 @@ def candidates(trace: Trace, *, pooled: bool = False) -> list[CutPoint]:
     inner = [point for point in classes if last and point.progress < last[0].progress]
     junctions = [point for point in inner if point.is_junction]
     return _thinned(_unit_ends(junctions) or inner, MAX_CANDIDATES - 1) + last
+
+
+def _unclassified(trace: Trace) -> list[CutPoint]:
+    return [point for point in find_cut_points(trace) if not _is_classified(point, trace)]
 
 
 def _is_classified(point: CutPoint, trace: Trace) -> bool:
@@ -273,17 +353,20 @@ def _number_of_blocks(
     return min(fewest, most)
 
 
-def _check_kinds(
+def _can_end(rows: list[CutPoint], columns: list[CutPoint]) -> bool:
+    """Whether the two last ones pair, as those of every chain do."""
+    return bool(rows and columns) and _can_pair(rows[-1], columns[-1])
+
+
+def _nothing_in_common(
     teacher: Trace, student: Trace, rows: list[CutPoint], columns: list[CutPoint]
-) -> None:
-    if any(_can_pair(row, column) for row in rows for column in columns):
-        return
+) -> AlignmentError:
     offered = [sorted({point.main.kind for point in points}) for points in (rows, columns)]
     teacher_offers, student_offers = (
         f"{' and '.join(kinds)} at its cut points" if kinds else "it has no cut point"
         for kinds in offered
     )
-    raise AlignmentError(
+    return AlignmentError(
         f"{teacher.name} and {student.name} have no boundary in common.",
         teacher=teacher_offers,
         student=student_offers,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kdsurgeon.alignment import _grid_of_costs, align, candidates
-from kdsurgeon.errors import AlignmentError, PlanError
+from kdsurgeon.errors import AlignmentError, PlanError, UsageError
+from kdsurgeon.partitioning import find_cut_points
 from kdsurgeon.tracing import trace
 from tests import models
 
@@ -107,12 +108,104 @@ def test_models_of_unequal_classes_are_refused_with_both_numbers():
         align(first, second)
 
 
+def flat(seed=0):
+    """An MLP: no tensor in it has places."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(768, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10)
+        )
+
+
+def placed():
+    """Its logits are the mean of a map: no vector before them."""
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 10, 1)
+    return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+
+@pytest.mark.parametrize("name", models.ALL)
+def test_a_network_without_places_meets_another_behind_its_pooling(name):
+    first = trace(models.make(name), models.images(2), name="big")
+    second = trace(flat(), models.images(2), name="flat")
+    for pair in ((first, second), (second, first)):
+        found = align(*pair)
+        (boundary,) = found.boundaries
+        assert boundary.teacher.kind == boundary.student.kind == "vector"
+        assert "2" in (boundary.teacher.name, boundary.student.name)  # the ReLU of the flat one
+        assert found.relaxed == ("no maps or tokens can be paired; vectors were allowed",)
+
+
+def test_vectors_are_left_alone_where_maps_pair():
+    found = pair(("chain", {}), ("residual", {}))
+    assert found.relaxed == ()
+    assert all(boundary.teacher.kind == "map" for boundary in found.boundaries)
+
+
 def test_models_without_a_common_kind_of_tensor_are_refused():
-    flat = torch.nn.Sequential(
-        torch.nn.Flatten(), torch.nn.Linear(768, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10)
-    )
-    first = trace(models.make("chain"), models.images(2), name="big")
-    second = trace(flat, models.images(2), name="flat")
+    first = trace(placed(), models.images(2), name="big")
+    second = trace(flat(), models.images(2), name="flat")
     with pytest.raises(AlignmentError, match="big and flat have no boundary in common") as caught:
         align(first, second)
+    assert caught.value.notes["teacher"] == "map at its cut points"
+    assert caught.value.notes["student"] == "vector at its cut points"
     assert "--method kd" in caught.value.notes["fix"]
+
+
+class Streams(torch.nn.Module):
+    """Two tensors are alive at every place but in front of the head."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.left = torch.nn.ModuleList(torch.nn.Conv2d(3, width, 3, 2, 1) for _ in range(1))
+        self.right = torch.nn.Conv2d(3, width, 3, 2, 1)
+        self.more = torch.nn.Conv2d(width, width, 3, 2, 1)
+        self.last = torch.nn.Conv2d(width, width, 3, 2, 1)
+        self.head = torch.nn.Linear(2 * width, 10)
+
+    def forward(self, x):
+        left, right = self.left[0](x).relu(), self.right(x).relu()
+        left, right = self.more(left).relu(), self.last(right).relu()
+        return self.head(torch.cat([left, right], 1).mean((2, 3)))
+
+
+def test_the_tensors_of_a_wide_cut_are_named_in_any_order():
+    first, second = (trace(Streams(width), models.images(2)) for width in (16, 4))
+    wide = next(point for point in find_cut_points(first) if point.width == 2)
+    there, back = " + ".join(wide.names), " +  ".join(reversed(wide.names))
+    assert there != back
+    found = [align(first, second, pairs=[(names, there)]) for names in (there, back)]
+    for alignment in found:
+        assert alignment.boundaries[0].teacher == wide
+    with pytest.raises(PlanError, match="cannot be cut at"):
+        align(first, second, pairs=[(f"{wide.names[0]} + {wide.names[0]}", there)])
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [("stem.0", "stem.0"), ("stem.0", "layers.0.relu_1")],
+        [("stem.0", "stem.0"), ("layers.0.relu_1", "stem.0")],
+    ],
+)
+def test_a_cut_point_given_twice_is_named(pairs):
+    with pytest.raises(PlanError, match=r"stem\.0 of (teacher|student) is given twice"):
+        pair(("residual", {}), ("residual", {}), pairs=pairs)
+
+
+@pytest.mark.parametrize("blocks", ["2", "all", 1.0, None, True])
+def test_a_number_of_blocks_of_another_type_is_refused(blocks):
+    with pytest.raises(UsageError, match="blocks is ") as caught:
+        pair(("residual", {}), ("residual", {}), blocks=blocks)
+    assert "blocks=4" in caught.value.notes["fix"]
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    ["stem.2", "ab", ["stem.2"], ["ab"], [], {"a": "b"}, [("a",)], [("a", "b", "c")],
+     [(("a", "b"), "c")], [1], 3],
+)  # fmt: skip
+def test_pairs_of_another_nesting_are_refused(pairs):
+    with pytest.raises(UsageError, match="pairs must be a list of") as caught:
+        pair(("residual", {}), ("residual", {}), pairs=pairs)
+    assert caught.value.notes["given"] == repr(pairs)
+    assert "pairs=[(" in caught.value.notes["fix"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.main import get_command
 
 import kdsurgeon
@@ -321,7 +322,7 @@ def test_a_transformer_and_a_convolutional_network_teach_each_other(tell):
 
 def test_what_is_installed_is_listed_with_where_it_comes_from(tell):
     shown = tell("plugins")
-    for name in ("demo", "timm", "torchvision", "kl", "dkd", "dist"):
+    for name in ("demo", "timm", "torchvision", "kl", "dkd", "dist", "jsd", "lskd", "cifar"):
         assert f" {name} " in shown
     assert f"kdsurgeon {kdsurgeon.__version__}" in shown
 
@@ -537,3 +538,39 @@ def test_every_flag_that_a_message_advises_exists():
     known |= {"--help", "--version", "--debug", "--json", "--no-plugins"}
     assert len(advised) > 40
     assert advised - known == set()
+
+
+ONCE = (*DIGITS, "--batch-size", "256", "--teacher-views", "2")
+
+
+def test_the_teacher_is_asked_once_and_its_answers_serve_the_next_run(tell):
+    given = (*PAIR, *ONCE, "--epochs", "2", "--teacher-cache", "answers.safetensors")
+    shown = tell("distill", *given, "--stones", "random", "-o", "first")
+    assert "one N a step, drawn as often as its factor says" in shown
+    answers = Path("answers.safetensors").read_bytes()
+    tell("distill", *given, "--stones", "random", "-o", "second")
+    assert Path("answers.safetensors").read_bytes() == answers
+    one, other = (Path(run, "student/last.safetensors") for run in ("first", "second"))
+    for name, value in load_file(one).items():
+        assert torch.equal(value, load_file(other)[name])
+
+
+def test_answers_of_another_seed_are_refused(tell, capsys):
+    given = (*PAIR, *ONCE, "--epochs", "1", "--method", "kd", "--teacher-cache", "answers.st")
+    tell("distill", *given, "-o", "first")
+    assert main(["distill", *given, "--seed", "1", "-o", "second"]) == 4
+    said = capsys.readouterr().err
+    assert "holds the logits of another run" in said and "seed" in said
+    assert not Path("second").exists()
+
+
+def test_one_logit_is_no_classification(capsys):
+    Path("nets.py").write_text(
+        "from torch import nn\n"
+        "def net(width=4):\n"
+        "    return nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),\n"
+        "                         nn.Flatten(), nn.Linear(width, 1))\n"
+    )
+    pair = ("py:nets.py:net,width=8", "py:nets.py:net")
+    assert main(["partition", *pair, "--input-size", "1,8,8"]) == 2
+    assert "has one logit" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from math import log
 
 from kdsurgeon.adapters.building import num_parameters
 from kdsurgeon.adapters.spec import AdapterSpec, natural, num_cells
-from kdsurgeon.errors import PlanError
+from kdsurgeon.errors import PlanError, UsageError
 from kdsurgeon.layouts import Activation
 from kdsurgeon.partitioning import CutPoint
 
@@ -43,14 +43,38 @@ def adapter_for(
     ranks = range(1, max(_full_rank(spec) for spec in specs) + 1)
     fitting = bisect_right(ranks, max_parameters, key=lambda rank: _total(_limited(specs, rank)))
     if fitting == 0:
-        least = _total(_limited(specs, 1))
-        raise PlanError(
-            f"no adapter from {student.name} to {teacher.name} has as few as {max_parameters} "
-            "parameters.",
-            why=f"with rank 1 they still have {least}",
-            fix=f"allow {least} or more, or choose another boundary",
-        )
+        check_limit([(student, teacher)], max_parameters)
     return _limited(specs, ranks[fitting - 1])
+
+
+def check_limit(boundaries: Sequence[tuple[CutPoint, CutPoint]], max_parameters: int) -> None:
+    """Whether :func:`adapter_for` can keep the limit at every boundary (student, teacher).
+
+    Raises:
+        UsageError: the limit is not a whole number.
+        PlanError: it cannot; names the boundary that needs most, and what suffices for all.
+    """
+    if isinstance(max_parameters, bool) or not isinstance(max_parameters, int):
+        raise UsageError(
+            f"max_adapter_parameters is {max_parameters!r}.", fix="give a whole number: 20000"
+        )
+    needs = [(_least(*pair), *pair) for pair in boundaries]
+    most, student, teacher = max(needs, key=lambda need: need[0])
+    if most <= max_parameters:
+        return
+    is_all = ", enough for every boundary" if len(needs) > 1 else ""
+    raise PlanError(
+        f"no adapter from the student's {student.name} to the teacher's {teacher.name} has as few "
+        f"as {max_parameters} parameters.",
+        why=f"even the narrowest still have {most}",
+        fix=f"allow {most} or more{is_all}; or choose another boundary",
+    )
+
+
+def _least(student: CutPoint, teacher: CutPoint) -> int:
+    """How many parameters the smallest adapters of a boundary have."""
+    whole = adapter_for(student, teacher)
+    return min(_total(whole), _total(_limited(whole, 1)))
 
 
 def _feeding(student: CutPoint, target: Activation) -> Activation:

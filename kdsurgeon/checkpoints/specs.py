@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -19,6 +20,7 @@ from torch import nn
 import kdsurgeon.plugins as plugins
 from kdsurgeon.errors import ModelFileError, PluginError, SurgeonError, UsageError, nearest
 
+MAX_OFFERS = 8  # names of a module that an error lists
 GRAMMAR = "SOURCE/NAME[,key=value…] or py:package.module:factory[,key=value…]"
 
 
@@ -149,6 +151,13 @@ def _scalar(text: str) -> Any:
 
 
 def _from_plugin(spec: Spec, num_classes: int | None) -> object:
+    sources = plugins.installed("models")
+    if spec.source not in sources:
+        raise UsageError(
+            f'{spec.text} does not exist, and no model is called "{spec.source}".',
+            installed=", ".join(sources) or "none",
+            fix=nearest(spec.source, sources) or "check the path",
+        )
     factory = plugins.load("models", spec.source)
     arguments = _arguments(spec, factory, num_classes)
     try:
@@ -199,12 +208,12 @@ def _factory(spec: Spec) -> Callable[..., object]:
     where, _, name = spec.name.rpartition(":")
     module = _import(spec, where)
     if not hasattr(module, name):
-        public = [known for known in vars(module) if not known.startswith("_")]
-        callables = [known for known in public if callable(getattr(module, known))]
+        offers = _offers(module)
+        more = " …" if len(offers) > MAX_OFFERS else ""
         raise UsageError(
             f'"{where}" has no factory "{name}".',
-            offers=", ".join(callables[:8]) or "nothing that can be called",
-            fix=nearest(name, callables),
+            offers=", ".join(offers[:MAX_OFFERS]) + more or "nothing that can be called",
+            fix=nearest(name, offers),
         )
     factory = getattr(module, name)
     if isinstance(factory, nn.Module):
@@ -212,6 +221,21 @@ def _factory(spec: Spec) -> Callable[..., object]:
     if not callable(factory):
         raise UsageError(f'"{spec.text}" names {type(factory).__name__}, which cannot be called.')
     return factory
+
+
+def _offers(module: ModuleType) -> list[str]:
+    """What can be called there: what the module made itself, or else what it imported."""
+    public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    callables = {name: value for name, value in public.items() if callable(value)}
+    own = [name for name, value in callables.items() if _is_made_in(module, value)]
+    return own or list(callables)
+
+
+def _is_made_in(module: ModuleType, value: Any) -> bool:
+    if isinstance(value, nn.Module | functools.partial):
+        return True
+    home = f"{getattr(value, '__module__', None)}."
+    return home.startswith(f"{module.__name__}.")
 
 
 def _import(spec: Spec, where: str) -> ModuleType:

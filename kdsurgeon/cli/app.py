@@ -21,6 +21,7 @@ from typer.main import get_command
 from kdsurgeon import __version__
 from kdsurgeon.cli import models, onnx, run
 from kdsurgeon.cli.console import complain, out
+from kdsurgeon.cli.outputs import Output, check_outputs
 from kdsurgeon.errors import ResourceError, SurgeonError, UsageError, nearest
 
 app = typer.Typer(
@@ -63,6 +64,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="of weights, split, order and augmentation")] = 0,
 ) -> None:
     """All of it in about a minute on a CPU, on real handwritten digits."""
+    check_outputs([Output("--output", output, "")], [])
     from kdsurgeon.cli.demo import play
 
     play(output, seed, lambda line: main(line, standalone=False))

@@ -59,19 +59,20 @@ def export_student(
         if data
         else inputs.example_for([loaded], wishes.input_size, calib_data)
     )
-    exported = export_model(
-        loaded.model,
-        output,
-        example,
-        opset=opset,
-        metadata=_metadata(loaded, data),
-        samples=data.val.samples() if data else None,
-        labels=torch.from_numpy(data.val.labels) if data else None,
-        calibration=_spread(calibration) if int8 and calibration else None,
-        int8_gate=int8_gate,
-        tolerance=tolerance,
-        verify=check,
-    )
+    with inputs.handing_over_images():
+        exported = export_model(
+            loaded.model,
+            output,
+            example,
+            opset=opset,
+            metadata=_metadata(loaded, data),
+            samples=data.val.samples() if data else None,
+            labels=torch.from_numpy(data.val.labels) if data else None,
+            calibration=_spread(calibration) if int8 and calibration else None,
+            int8_gate=int8_gate,
+            tolerance=tolerance,
+            verify=check,
+        )
     score = None
     if data:
         score = accuracy(loaded.model, [(data.val.samples(), torch.from_numpy(data.val.labels))])
@@ -219,9 +220,9 @@ def benchmark_models(
             targets[source] = cards[-1].model
     example = inputs.example_for(cards, size, None)
     generator = torch.Generator().manual_seed(0)
-    rows = benchmark(
-        targets, torch.randn(example.shape, generator=generator), batch=batch, threads=threads
-    )
+    images = torch.randn(example.shape, generator=generator)
+    with inputs.handing_over_images():
+        rows = benchmark(targets, images, batch=batch, threads=threads)
     table = Table(
         "model", "runtime", "size", "latency", "20 to 80 %", "speed", box=None, pad_edge=False
     )

@@ -120,7 +120,7 @@ def parse_pairs(pairs: list[str] | None) -> list[tuple[str, str]] | None:
         return None
     found = []
     for pair in pairs:
-        teacher, equals, student = pair.partition("=")
+        teacher, equals, student = (part.strip() for part in pair.partition("="))
         if not (teacher and equals and student):
             raise UsageError(
                 f"--pair {pair} does not name two nodes.", fix="write --pair TEACHER=STUDENT"

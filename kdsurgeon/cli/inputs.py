@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from kdsurgeon.stones import Plan, partition, read_plan, within_budget
 from kdsurgeon.tracing import call_model, find_logits, in_mode, trace
 
 Size = tuple[int, int, int]
+
+_IMAGES_ALONE = "the command line hands over images alone; other inputs are given in Python"
 
 
 def load_pair(
@@ -69,6 +72,20 @@ def _size_of(models: Sequence[Loaded]) -> Size | None:
     return None
 
 
+@contextmanager
+def handing_over_images() -> Iterator[None]:
+    """Where a model refuses its input, add that there is nothing but images to give here."""
+    try:
+        yield
+    except UsageError as error:
+        fix = error.notes.get("fix", "")
+        if "does not take an input of shape" in error.what:
+            fix = fix or "give the size the model was made for: --input-size C,H,W"
+        if "--input-size" not in fix:
+            raise
+        raise type(error)(error.what, **error.notes | {"fix": f"{fix}\n{_IMAGES_ALONE}"}) from error
+
+
 def plan_for(
     teacher: Loaded,
     student: Loaded,
@@ -81,24 +98,25 @@ def plan_for(
     probe: Sequence[Tensor] | None = None,
 ) -> Plan:
     """The saved plan, checked against these models, or a new one."""
-    if plan is None:
-        names = (teacher.name, student.name)
-        found = partition(
-            teacher.model,
-            student.model,
-            example,
-            blocks=blocks,
-            pairs=pairs,
-            max_adapter_parameters=max_adapter_parameters,
-            probe=probe,
-            names=names,
-        )
-    else:
-        found = read_plan(
-            plan,
-            trace(teacher.model, example, name=teacher.name),
-            trace(student.model, example, name=student.name),
-        )
+    with handing_over_images():
+        if plan is None:
+            names = (teacher.name, student.name)
+            found = partition(
+                teacher.model,
+                student.model,
+                example,
+                blocks=blocks,
+                pairs=pairs,
+                max_adapter_parameters=max_adapter_parameters,
+                probe=probe,
+                names=names,
+            )
+        else:
+            found = read_plan(
+                plan,
+                trace(teacher.model, example, name=teacher.name),
+                trace(student.model, example, name=student.name),
+            )
     for loaded in (teacher, student):
         count_classes(loaded, example)
     return found
@@ -131,7 +149,12 @@ def within(plan: Plan, budget: float, batch: int) -> Plan:
     return replace(plan, stones=stones)
 
 
-def warn_if_larger(plan: Plan) -> None:
+def warn_of(plan: Plan) -> None:
+    """What the user may not have meant: a guess of the logits, idle weights, models swapped."""
+    for side in (plan.teacher, plan.student):
+        for lost in side.trace.lost:
+            if not lost.startswith("outputs other than"):
+                warn(f"{side.trace.name} loses {lost}")
     teacher, student = plan.teacher.cost, plan.student.cost
     if student.multiply_adds > teacher.multiply_adds or student.parameters > teacher.parameters:
         warn(
@@ -198,7 +221,8 @@ def count_classes(loaded: Loaded, example: Tensor) -> int:
         raise UsageError(
             f"{loaded.name} does not take {len(images)} samples of {_times(example.shape[1:])}.",
             why=f"{type(error).__name__}: {error}".splitlines()[0],
-            fix="--input-size C,H,W gives another size; the batch size must stay free",
+            fix="--input-size C,H,W gives another size; the batch size must stay free\n"
+            f"{_IMAGES_ALONE}",
         ) from error
     logits = found if isinstance(found, Tensor) else (find_logits(found) or ("", None))[1]
     if logits is not None and logits.ndim == 2 and len(logits) == len(images):
@@ -238,7 +262,14 @@ def batches(config: RunConfig, split: Split) -> tuple[Batches, Batches]:
     augment = config.data.augment
     if augment == "auto":
         augment = split.train.default_augment
-    train = Batches(split.train, config.batch_size, shuffle=True, seed=config.seed, augment=augment)
+    train = Batches(
+        split.train,
+        config.batch_size,
+        shuffle=True,
+        seed=config.seed,
+        augment=augment,
+        views=config.data.teacher_views,
+    )
     return train, Batches(split.val, config.batch_size, shuffle=False, seed=config.seed)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from kdsurgeon.cli import flags
 from kdsurgeon.cli.console import out, say
+from kdsurgeon.cli.outputs import Output, check_outputs
 from kdsurgeon.errors import UsageError
 
 
@@ -24,14 +25,16 @@ def inspect(
 ) -> None:
     """Show the cut points of a model, their shapes and costs, and how it was captured."""
     from kdsurgeon.checkpoints import load_model
-    from kdsurgeon.cli.inputs import example_for
+    from kdsurgeon.cli.inputs import example_for, handing_over_images
     from kdsurgeon.tracing import trace
     from kdsurgeon.views import cut_points_table
 
     size = flags.parse_size(input_size)
     loaded = load_model(model, arch=arch, trust=trust_code or (), flag="--arch")
     example = example_for([loaded], size, data_dir)
-    out.print(cut_points_table(trace(loaded.model, example, name=loaded.name), all=every))
+    with handing_over_images():
+        captured = trace(loaded.model, example, name=loaded.name)
+    out.print(cut_points_table(captured, all=every))
 
 
 def partition(
@@ -52,7 +55,7 @@ def partition(
     probe: Annotated[
         int | None,
         typer.Option(
-            "--probe", metavar="N", min=8, help="compare both models on N images of --data-dir"
+            "--probe", metavar="N", min=1, help="compare both models on N images of --data-dir"
         ),
     ] = None,
     plan: Annotated[
@@ -88,12 +91,17 @@ def partition(
         raise UsageError(
             "--probe compares the models on images, and none are named.", fix="--data-dir DIR"
         )
+    named = [("--output", output, ".yaml"), ("--svg", svg, ".svg"), ("--html", html, ".html")]
+    check_outputs(
+        [Output(flag, path, suffix) for flag, path, suffix in named if path],
+        [teacher, student, teacher_arch, student_arch, data_dir, plan],
+    )
     from kdsurgeon.cli.inputs import (
         example_for,
         load_pair,
         plan_for,
         probe_images,
-        warn_if_larger,
+        warn_of,
         within,
         write_text,
     )
@@ -116,7 +124,7 @@ def partition(
     )
     if ratio is not None:
         found = within(found, ratio, Recipe().batch_size)
-    warn_if_larger(found)
+    warn_of(found)
     cost, proof = forecast(found), certify(found)
     out.print(plan_table(found, cost, proof))
     if explain:
@@ -140,6 +148,7 @@ def convert(
     ] = False,
 ) -> None:
     """Take the tensors out of a foreign checkpoint, running nothing in it."""
+    check_outputs([Output("OUTPUT", output, ".safetensors", makes_parents=False)], [file])
     from kdsurgeon.checkpoints import convert as convert_file
 
     done = convert_file(file, output, drop_extra=drop_extra)

@@ -9,6 +9,7 @@ import typer
 
 from kdsurgeon.cli import flags
 from kdsurgeon.cli.console import out, say
+from kdsurgeon.cli.outputs import Output, check_outputs
 
 
 def export(
@@ -39,6 +40,11 @@ def export(
 ) -> None:
     """Write the student as ONNX, prove it equal, measure accuracy, size and latency."""
     wishes = flags.image_wishes(input_size, mean, std)
+    outputs = [Output("OUTPUT", output, ".onnx", makes_parents=False)]
+    if int8:
+        beside = output.with_suffix(".int8.onnx")
+        outputs.append(Output("--int8", beside, ".onnx", makes_parents=False))
+    check_outputs(outputs, [target, arch, data_dir, calib_data])
     from kdsurgeon.cli.deploy import export_student
 
     export_student(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdsurgeon.cli import flags
 from kdsurgeon.cli.console import out, say
+from kdsurgeon.cli.outputs import Output, check_outputs
 from kdsurgeon.errors import UsageError
+
+if TYPE_CHECKING:
+    from kdsurgeon.recipe import RunConfig
 
 _KEYS = {
     "data_dir": "data_dir", "teacher_arch": "teacher_arch", "student_arch": "student_arch",
@@ -25,7 +29,8 @@ _KEYS = {
     "cross_start": "loss.cross_start", "distance": "loss.distance",
     "smoothing": "loss.label_smoothing",
     "augment": "data.augment", "val_split": "data.val_split",
-    "max_bad_images": "data.max_bad_images",
+    "max_bad_images": "data.max_bad_images", "teacher_views": "data.teacher_views",
+    "teacher_cache": "teacher_cache", "fused": "loss.fused",
 }  # fmt: skip
 
 
@@ -50,7 +55,8 @@ def distill(
     blocks: flags.Blocks = None,
     budget: flags.Budget = None,
     stones: Annotated[
-        str | None, typer.Option(metavar="all|last-K|drop-first|1,3", help="stones to train")
+        str | None,
+        typer.Option(metavar="all|random|last-K|drop-first|1,3", help="stones to train"),
     ] = None,
     method: Annotated[str | None, typer.Option(help="block-kd, kd or ce")] = None,
     epochs: Annotated[int | None, typer.Option()] = None,
@@ -70,7 +76,18 @@ def distill(
     kd_weight: Annotated[float | None, typer.Option(help="β, of the teacher")] = None,
     cross_weight: Annotated[float | None, typer.Option(help="γ, of the stones' ensemble")] = None,
     cross_start: Annotated[float | None, typer.Option(help="share of the run before γ")] = None,
-    distance: Annotated[str | None, typer.Option(help="kl, dkd, dist or a plugin's")] = None,
+    distance: Annotated[
+        str | None, typer.Option(help="kl, dkd, dist, jsd, lskd or a plugin's")
+    ] = None,
+    fused: Annotated[
+        bool | None, typer.Option("--fused/--no-fused", help="one kernel for the loss, on CUDA")
+    ] = None,
+    teacher_views: Annotated[
+        int | None, typer.Option(help="augmentations an image has; the teacher is asked once")
+    ] = None,
+    teacher_cache: Annotated[
+        str | None, typer.Option(metavar="FILE", help="keep the teacher's answers for other runs")
+    ] = None,
     smoothing: Annotated[float | None, typer.Option(help="label smoothing")] = None,
     augment: Annotated[str | None, typer.Option(help="auto, none, shift, shift-flip")] = None,
     val_split: Annotated[float | None, typer.Option(help="held out, without a split")] = None,
@@ -122,9 +139,25 @@ def distill(
             f"a plan and {settings.blocks} blocks are both asked for.",
             fix="leave one out: the plan already says how many blocks there are",
         )
+    if settings.output:
+        _check_folder(Path(settings.output), settings, config)
     from kdsurgeon.cli.session import start_session
 
     return start_session(settings, trust_code or (), dry_run=dry_run)
+
+
+def _check_folder(folder: Path, settings: RunConfig, config: Path | None) -> None:
+    """Whether a run can be kept there without replacing what it is made from."""
+    students = [folder / "student" / f"{name}.safetensors" for name in ("last", "best")]
+    check_outputs(
+        [
+            Output("--output", folder, ""),
+            Output("--output", folder / "plan.yaml", ".yaml"),
+            *(Output("--output", student, ".safetensors") for student in students),
+        ],
+        [settings.teacher, settings.student, settings.teacher_arch, settings.student_arch,
+         settings.data_dir, settings.plan, settings.teacher_cache, config],
+    )  # fmt: skip
 
 
 def _spelling(name: str, value: Any) -> str:

@@ -25,12 +25,13 @@ from kdsurgeon.checkpoints import Loaded, ModelCard, load_model
 from kdsurgeon.cli import inputs
 from kdsurgeon.cli.console import out, say, warn
 from kdsurgeon.data import Batches, Split
-from kdsurgeon.distillation import Distillation, chosen_depths, formula, prepare
+from kdsurgeon.distillation import Distillation, chosen_depths, formula, how_it_runs, prepare
 from kdsurgeon.errors import Interrupted, ModelFileError, NumericsError, UsageError
 from kdsurgeon.evaluation import Report, accuracy, evaluate
 from kdsurgeon.recipe import DataRecipe, RunConfig, read_config, write_yaml
 from kdsurgeon.runs import Run, check_is_free, environment
 from kdsurgeon.stones import Certificate, Forecast, Plan, SteppingStones, certify, forecast
+from kdsurgeon.teacher_cache import TaughtBatches, cache_teacher
 from kdsurgeon.tracing import move
 from kdsurgeon.training import Epoch, Moment, Step
 from kdsurgeon.views import accuracy_table, draw_plan, plan_table, run_report
@@ -44,7 +45,7 @@ class Session:
     teacher: Loaded
     student: Loaded
     split: Split
-    train: Batches
+    train: Batches | TaughtBatches
     validation: Batches
     plan: Plan
 
@@ -108,6 +109,9 @@ def open_session(settings: RunConfig, trust: Sequence[str], plan: Path | None) -
         found = inputs.plan_for(teacher, student, example, plan=None, blocks=0)
     inputs.check_classes(teacher, found.teacher.trace.num_classes, split)
     train, validation = inputs.batches(settings, split)
+    asks_once = settings.data.teacher_views is not None or settings.teacher_cache is not None
+    if asks_once and settings.method != "ce":
+        train = cache_teacher(teacher.model, train, path=settings.teacher_cache)
     return Session(settings, teacher, student, split, train, validation, found)
 
 
@@ -150,7 +154,7 @@ def announce(session: Session) -> tuple[Distillation, Certificate | None]:
     What comes back is ready to train, with the proof of the surgery where there is any.
     """
     settings, plan = session.settings, session.plan
-    inputs.warn_if_larger(plan)
+    inputs.warn_of(plan)
     ready = session.prepare()
     train, val = session.split.train, session.split.val
     counts = f"{len(train):,} training and {len(val):,} validation images"
@@ -160,6 +164,9 @@ def announce(session: Session) -> tuple[Distillation, Certificate | None]:
     if proof:
         out.print(plan_table(plan, _forecast(session), proof))
     say(formula(plan, settings))
+    loss_code = how_it_runs(settings, next(session.student.model.parameters()).device)
+    if loss_code:
+        say(f"loss     {loss_code}")
     say()
     return ready, proof
 

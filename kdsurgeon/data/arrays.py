@@ -112,7 +112,10 @@ def _factor_to_255(name: str, arrays: dict[str, np.ndarray]) -> float:
                 f"{name}: {key} is {kind(array)}, not numbers.", fix="store the images as uint8"
             )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise DataError(f"{name}: {key} has values that are not finite.")
+            raise DataError(
+                f"{name}: {key} has values that are not finite.",
+                fix="replace them (numpy.nan_to_num), or leave these images out",
+            )
         if array.min() < 0 or array.max() > 255:
             raise DataError(
                 f"{name}: {key} runs from {array.min():g} to {array.max():g}.",

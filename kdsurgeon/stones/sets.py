@@ -9,7 +9,7 @@ import numpy as np
 from kdsurgeon.data.batches import draw
 from kdsurgeon.errors import PlanError
 from kdsurgeon.recipe import Recipe
-from kdsurgeon.stones.plan import Plan, Stone
+from kdsurgeon.stones.plan import Plan, Stone, check_depths
 
 _USE = 3  # of the stream of random numbers: 0 to 2 are the augmentation's
 _RANGE = 2**32
@@ -63,15 +63,9 @@ def _stones_of(plan: Plan, wanted: str | tuple[int, ...]) -> tuple[Stone, ...]:
         count = int(wanted.removeprefix("last-"))
         if count > len(known):
             raise PlanError(
-                f"loss.stones is {wanted}, but the plan has {len(known)} stones.",
+                f"loss.stones is {wanted}, but the plan has {len(known)}.",
                 fix=f"last-{len(known)} or fewer, or plan more blocks with --blocks",
             )
         return known[-count:]
-    for depth in wanted:
-        if not any(stone.depth == depth for stone in plan.stones):
-            raise PlanError(
-                f"the plan has no stone of depth {depth}.",
-                known=", ".join(str(stone.depth) for stone in plan.stones) or "none",
-                fix="change loss.stones, or plan more blocks with --blocks",
-            )
+    check_depths(plan, wanted)
     return tuple(stone for stone in plan.stones if stone.depth in wanted)

@@ -22,7 +22,7 @@ from kdsurgeon.errors import PlanError, UsageError
 from kdsurgeon.losses import Logits
 from kdsurgeon.partitioning import Partition, activations, cut, recut
 from kdsurgeon.stones.frozen import simplify
-from kdsurgeon.stones.plan import Plan, Stone
+from kdsurgeon.stones.plan import Plan, Stone, check_depths
 from kdsurgeon.stones.surgery import (
     Values,
     Walk,
@@ -175,15 +175,9 @@ def synthesize(
     >>> logits.student.shape, logits.stones.shape
     (torch.Size([5, 10]), torch.Size([1, 5, 10]))
     """
-    known = [stone.depth for stone in plan.stones]
-    chosen = tuple(known if depths is None else sorted(set(depths)))
-    for depth in chosen:
-        if depth not in known:
-            raise PlanError(
-                f"the plan has no stone of depth {depth}.",
-                known=", ".join(map(str, known)),
-                fix="change loss.stones, or plan more blocks with --blocks",
-            )
+    every = [stone.depth for stone in plan.stones]
+    chosen = tuple(every if depths is None else sorted(set(depths)))
+    check_depths(plan, chosen)
     _check_are_two(plan)
     _check_precision(plan)
     mixing = _mixes_samples(plan.teacher)
