@@ -410,7 +410,11 @@ PAIR = ("teacher.pt", "student.pt")
         (["distill", *PAIR, *DIGITS, "--mean", "nan", "--std", "0"], "--mean", "--std"),
         (["distill", *PAIR, *DIGITS, "--stones", "frist"], "--stones", '"drop-first"'),
         (["distill", *PAIR, *DIGITS, "--stones", "9"], "no stone of depth 9", "--blocks"),
-        (["distill", *PAIR, *DIGITS, "--stones", "last-9"], "has 4 stones", "last-4 or fewer"),
+        (
+            ["distill", *PAIR, *DIGITS, "--stones", "last-9"],
+            "but the plan has 4",
+            "last-4 or fewer",
+        ),
         (["distill", *PAIR, *DIGITS, "--set", "epochs"], "--set epochs", "--set optim.lr="),
         (["distill", *PAIR, *DIGITS, "--set", "lr=1"], '"lr"', '"optim.lr"'),
         (["distill", *PAIR, *DIGITS, "--device", "cuda:x"], "--device cuda:x: device", '"cuda:0"'),

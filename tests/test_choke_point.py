@@ -108,6 +108,9 @@ def test_nothing_outside_the_checkpoints_package_loads_objects_or_runs_strings()
     found = {
         str(file.relative_to(ROOT)): offences(file.read_text(encoding="utf-8")) for file in files
     }
+    # CIFAR-100 is published as pickles: their opcodes are listed there, which runs none of them
+    listed = {offence.partition(": ")[2] for offence in found.pop("plugins/cifar.py")}
+    assert listed == {"pickletools", "pickletools.genops"}
     assert {name: lines for name, lines in found.items() if lines} == {}
 
 
