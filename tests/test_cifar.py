@@ -647,3 +647,25 @@ def test_the_recipe_is_the_published_protocol():
         for epoch, batch in ((0, 0), (149, 781), (150, 0), (180, 0), (210, 0), (239, 781))
     ]
     assert rates == pytest.approx([0.05, 0.05, 0.005, 5e-4, 5e-5, 5e-5])
+
+
+@pytest.mark.parametrize("method", ["teacher", "ce", "kd", "dkd", "block-kd"])
+def test_the_bench_runs_the_published_recipe_over_fewer_epochs(method):
+    from argparse import Namespace
+
+    from benchmarks.cifar100 import recipe_for
+
+    given = Namespace(method=method, epochs=60, seed=3, amp=False, stones="drop-first")
+    recipe = recipe_for("resnet8x4", given)
+    assert (recipe.epochs, recipe.seed, recipe.optim.lr, recipe.optim.momentum) == (
+        60,
+        3,
+        0.05,
+        0.9,
+    )
+    assert recipe.optim.decay_at == (0.625, 0.75, 0.875) and recipe.optim.decay_norms
+    assert recipe_for("mobilenetv2", given).optim.lr == 0.01
+    weights = {"kd": (0.1, 0.9)}.get(method, (1.0, 1.0))
+    assert (recipe.loss.ce_weight, recipe.loss.kd_weight) == weights
+    assert recipe.loss.distance == ("dkd" if method == "dkd" else "kl")
+    assert recipe.loss.stones == ("drop-first" if method == "block-kd" else "all")
