@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -141,8 +143,37 @@ class _CleanPass(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         own = [x.clone() if index in self.written else x for index, x in enumerate(inputs)]
-        with torch.no_grad():
+        with torch.no_grad(), _aside(own):
             return self.graph_module.forward(*own)
+
+
+@contextmanager
+def _aside(inputs: Sequence[Tensor]) -> Iterator[None]:
+    """On CUDA, beside what the student computes meanwhile: on a stream of its own."""
+    device = inputs[0].device
+    if device.type != "cuda":
+        yield
+        return
+    stream = _side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    for value in inputs:  # their memory must not be used again before this stream has read it
+        value.record_stream(stream)
+
+
+def _join(logits: Tensor) -> Tensor:
+    """From here on the teacher's logits may be read."""
+    if logits.device.type == "cuda":
+        current = torch.cuda.current_stream(logits.device)
+        current.wait_stream(_side_stream(logits.device))
+        logits.record_stream(current)
+    return logits
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def synthesize(
@@ -253,6 +284,8 @@ class _Synthesis:
                 tails[index] = _Tail([values[node] for node in ends[depth]], tail.count)
             if depth < len(student.blocks):  # one alone, where no stone reads from inside
                 walk.step(graph, depth, "student.")
+        if not is_cached:
+            clean = graph.call_function(_join, (clean,))
         graph.output((walk.values[student.trace.logits], _stack(graph, tails, clean), clean))
         if self.fold:
             simplify(graph, self.teacher_state, "tail.")
