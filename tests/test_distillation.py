@@ -389,3 +389,74 @@ def test_models_that_no_graph_can_hold_still_have_plain_distillation():
     assert all(torch.equal(value, kept[key]) for key, value in teacher.state_dict().items())
     with pytest.raises(TraceError, match="branches on the values"):
         distill(teacher, student, batches(), recipe=Recipe(epochs=1))
+
+
+class Patient(nn.Module):
+    """Looks at an image and at two numbers."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.body = models.chain(width)
+        self.facts = nn.Linear(2, models.CLASSES)
+
+    def forward(self, image, facts):
+        return self.body(image) + self.facts(facts)
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "block-kd"])
+def test_batches_of_several_inputs_are_trained_on(method):
+    data = [
+        ({"image": models.images(8, seed=seed), "facts": torch.randn(8, 2)}, models.labels(8))
+        for seed in range(3)
+    ]
+    student = Patient(4)
+    before = copy.deepcopy(student.state_dict())
+    recipe = Recipe(method=method, epochs=2, optim={"lr": 1e-2})
+    epochs = list(distill(Patient(8), student, data, recipe=recipe))
+    assert [epoch.samples for epoch in epochs] == [24, 24]
+    assert epochs[1].losses["total"] < epochs[0].losses["total"]
+    changed = [
+        name for name, value in student.state_dict().items() if not torch.equal(value, before[name])
+    ]
+    assert "facts.weight" in changed
+
+
+def test_shares_of_all_classes_are_targets_and_ignored_samples_do_not_count():
+    images, labels = models.images(6), models.labels(6)
+    shares = torch.nn.functional.one_hot(labels, models.CLASSES).float()
+    losses = []
+    for data in ([(images, labels)], [(images, shares)]):
+        student = models.make("chain", seed=2)
+        (epoch,) = distill(models.make("chain", seed=1), student, data, recipe=Recipe(epochs=1))
+        losses.append(epoch.losses["total"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    logits = kdsurgeon.Logits(
+        torch.randn(6, 10), torch.randn(2, 6, 10), torch.randn(6, 10), depths=(1, 2)
+    )
+    some = kdsurgeon.Logits(
+        logits.student[:4], logits.stones[:, :4], logits.teacher[:4], depths=(1, 2)
+    )
+    ignored = torch.cat([labels[:4], torch.tensor([-1, -1])])
+    options = {"cross_weight": 1.0, "ignore_index": -1}
+    whole, part = (
+        kdsurgeon.block_kd_loss(each, target, **options)
+        for each, target in ((logits, ignored), (some, labels[:4]))
+    )
+    assert whole.total.item() == pytest.approx(part.total.item(), rel=1e-6)
+    nothing = kdsurgeon.block_kd_loss(logits, torch.full((6,), -1), **options)
+    assert nothing.total.item() == 0.0 and nothing.parts == {}
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.full((6, 10), 0.2), "shares of 10 classes"),
+        (torch.full((6, 7), 1 / 7), "shares of 7 classes; the models have 10"),
+        (torch.tensor([0, 1, 2, 3, 4, 10]), "a label is 10"),
+        (torch.tensor([0, 1, 2, 3, 4, -1]), "a label is -1"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused_before_the_first_step(target, message):
+    pair = models.make("chain", seed=1), models.make("chain", seed=2)
+    with pytest.raises(UsageError, match=message):
+        prepare(*pair, [(models.images(6), target)], recipe=Recipe(epochs=1))

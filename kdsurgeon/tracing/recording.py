@@ -97,7 +97,7 @@ class Recorder(TorchFunctionMode):
         self._batch: dict[int, fx.Node] = {}
         self._is_inside_leaf = False
         for name, value in stand_ins.items():
-            node = self._create("placeholder", name, (), {}, name)
+            node = self._create("placeholder", name, (), {}, self._unique(name))
             self._bind(node, value)
         self._inputs_end = node  # pyright: ignore[reportPossiblyUnboundVariable]
 
