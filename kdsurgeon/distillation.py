@@ -240,8 +240,12 @@ def _alone(
     teacher_accuracy: float | None,
 ) -> Distillation:
     def loss(inputs: Inputs, target: Tensor, _: Moment) -> Losses:
-        smoothing = recipe.loss.label_smoothing
-        return task_loss(logits_of(model, inputs), target, label_smoothing=smoothing)
+        return task_loss(
+            logits_of(model, inputs),
+            target,
+            label_smoothing=recipe.loss.label_smoothing,
+            ignore_index=recipe.loss.ignore_index,
+        )
 
     return Distillation(model, loss, None, batches, recipe, validation, teacher_accuracy)
 
@@ -274,13 +278,12 @@ def objective(stones: SteppingStones, plan: Plan, recipe: Recipe) -> Objective:
 
     def loss(inputs: Inputs, target: Tensor, moment: Moment) -> Losses:
         weights = stones_at(plan, recipe, moment.progress, moment.step)
-        rise = moment.progress * recipe.epochs / (numbers.stone_warmup or 1e-9)
+        epochs = moment.progress * recipe.epochs
+        warm = min(1.0, epochs / numbers.stone_warmup) if numbers.stone_warmup else 1.0
         return block_kd_loss(
             stones(inputs, tuple(weights)),
             target,
-            weights=[weight * min(1.0, rise) for weight in weights.values()]
-            if numbers.stone_warmup
-            else tuple(weights.values()),
+            weights=[weight * warm for weight in weights.values()],
             ce_weight=numbers.ce_weight,
             kd_weight=numbers.kd_weight,
             cross_weight=numbers.cross_weight if moment.progress >= numbers.cross_start else 0.0,

@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -460,3 +461,15 @@ def test_labels_that_do_not_fit_are_refused_before_the_first_step(target, messag
     pair = models.make("chain", seed=1), models.make("chain", seed=2)
     with pytest.raises(UsageError, match=message):
         prepare(*pair, [(models.images(6), target)], recipe=Recipe(epochs=1))
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "block-kd"])
+def test_a_run_does_not_count_samples_of_the_ignored_label(method):
+    images, labels = models.images(6), models.labels(6)
+    recipe = Recipe(method=method, epochs=1, loss={"ignore_index": -1})
+    totals = []
+    for other in (labels, torch.cat([labels[:4], torch.tensor([-1, -1])])):
+        pair = models.make("chain", seed=1), models.make("chain", seed=2)
+        (epoch,) = distill(*pair, [(images, other)], recipe=recipe)
+        totals.append(epoch.losses["total"])
+    assert all(map(math.isfinite, totals)) and totals[0] != totals[1]
