@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test fuzz check lint venv clean
+.PHONY: demo test fuzz zoo bench bench-accuracy check lint venv clean
 export HF_HUB_OFFLINE := 1
 
 venv: $(STAMP)
@@ -31,6 +31,14 @@ fuzz: $(STAMP)        ## 10,000 random classifiers: what must hold of every cut 
 
 zoo: $(STAMP)         ## every model that has a name, into docs/zoo.md; hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.run capture modes others pairs trained decoder report
+
+bench: $(STAMP)       ## seconds of a training step, and the forecast against them; an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step_time
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.forecast
+
+bench-accuracy: $(STAMP)  ## methods compared: digits, and Fashion-MNIST in the folder DATA; hours
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.digits
+	$(if $(DATA),OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fashion --data $(DATA))
 
 check: test
 

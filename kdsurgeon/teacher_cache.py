@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdsurgeon.checkpoints import read_sealed, write_tensors
+from kdsurgeon.checkpoints import model_hash, read_sealed, write_tensors
 from kdsurgeon.data import Batches
 from kdsurgeon.errors import DataError, UsageError
 from kdsurgeon.stones import TEACHER_LOGITS
@@ -114,23 +114,12 @@ def _key(teacher: nn.Module, batches: Batches) -> dict[str, str | int]:
     augmented = batches.augment != "none"
     return {
         "format": FORMAT,
-        "teacher": _weights_hash(teacher),
+        "teacher": model_hash(teacher),
         "data": pixels.hexdigest(),
         "augmentation": batches.augment,
         "seed": batches.seed if augmented else 0,
         "views": batches.views or 0,
     }
-
-
-def _weights_hash(model: nn.Module) -> str:
-    digest = hashlib.sha256(repr(model).encode())
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            digest.update(name.encode())
-            digest.update(
-                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            )
-    return digest.hexdigest()
 
 
 def _read(path: Path, key: dict[str, str | int], batches: Batches) -> Tensor:

@@ -12,6 +12,7 @@ from kdsurgeon.checkpoints.reader import ModelFile, read_model
 from kdsurgeon.checkpoints.specs import build
 from kdsurgeon.checkpoints.store import (
     ModelCard,
+    model_hash,
     read_sealed,
     read_tensors,
     save_model,
@@ -27,6 +28,7 @@ __all__ = [
     "convert",
     "is_file",
     "load_model",
+    "model_hash",
     "read_arrays",
     "read_model",
     "read_sealed",

@@ -145,6 +145,16 @@ def save_model(model: nn.Module, path: str | Path, card: ModelCard) -> str:
     return save_state(model.state_dict(), path, card)
 
 
+def model_hash(model: nn.Module) -> str:
+    """sha256 over the modules as they are printed, and every parameter and buffer by name."""
+    digest = hashlib.sha256(repr(model).encode())
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(name.encode())
+            digest.update(_bytes_of(value.detach().cpu().contiguous()))
+    return digest.hexdigest()
+
+
 def save_state(state: Mapping[str, Any], path: str | Path, card: ModelCard) -> str:
     """:func:`save_model` for a state dict."""
     tensors, tied = _untie(state)

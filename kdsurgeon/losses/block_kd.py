@@ -16,6 +16,8 @@ from kdsurgeon.losses.formulas import (
     cross_entropy,
     halving_weights,
     kl,
+    no_sample,
+    without_ignored,
 )
 from kdsurgeon.losses.fused import can_fuse, fused_ce_kl
 
@@ -70,11 +72,9 @@ def block_kd_loss(
         )
     else:
         everyone, teacher = at_least_float32(everyone), at_least_float32(teacher)
-        if ignore_index is not None and not target.is_floating_point():
-            counted = target != ignore_index
-            everyone, teacher, target = everyone[:, counted], teacher[counted], target[counted]
-            if not len(target):
-                return Losses(everyone.sum(), {})  # zero, and still part of the graph
+        target, everyone, teacher = without_ignored(target, ignore_index, everyone, teacher)
+        if not len(target):
+            return no_sample(everyone)
         terms = partial(
             _stacked,
             target=target,

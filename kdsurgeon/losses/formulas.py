@@ -82,13 +82,24 @@ def task_loss(
     ignore_index: int | None = None,
 ) -> Losses:
     """Cross-entropy alone, for a model that learns without a teacher."""
-    if ignore_index is not None and not target.is_floating_point():
-        counted = target != ignore_index
-        logits, target = logits[counted], target[counted]
-        if not len(target):
-            return Losses(logits.sum(), {})
+    target, logits = without_ignored(target, ignore_index, logits)
+    if not len(target):
+        return no_sample(logits)
     task = functional.cross_entropy(logits, target, label_smoothing=label_smoothing)
     return Losses(task, {"ce student": task.detach()})
+
+
+def without_ignored(target: Tensor, label: int | None, *logits: Tensor) -> tuple[Tensor, ...]:
+    """The target and each (…, batch, classes) without the samples of this label."""
+    if label is None or target.is_floating_point():
+        return target, *logits
+    counted = target != label
+    return target[counted], *(each[..., counted, :] for each in logits)
+
+
+def no_sample(logits: Tensor) -> Losses:
+    """Zero, and still part of the graph: every sample of the batch is left out."""
+    return Losses(logits.sum(), {})
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from kdsurgeon.checkpoints import model_hash
 from kdsurgeon.errors import PlanError
 from kdsurgeon.partitioning import Partition, recut
 from kdsurgeon.stones.fitting import kept_buffers
@@ -55,7 +55,7 @@ def certify(plan: Plan) -> Certificate:
         PlanError: a recomposed model differs from the original, or a stone's gradients go where
             they must not; names it.
     """
-    state = [_digest(side.trace.model) for side in (plan.teacher, plan.student)]
+    state = [model_hash(side.trace.model) for side in (plan.teacher, plan.student)]
     gaps = [gap for side in (plan.teacher, plan.student) for gap in _model_gaps(side)]
     splice, merged, checked = 0.0, 0.0, 0
     if plan.stones:
@@ -64,7 +64,7 @@ def certify(plan: Plan) -> Certificate:
         merged = _merged_gap(plan)
         checked = _check_gradients(plan)
     for side, before in zip((plan.teacher, plan.student), state, strict=True):
-        assert _digest(side.trace.model) == before, f"certifying changed {side.trace.name}"
+        assert model_hash(side.trace.model) == before, f"certifying changed {side.trace.name}"
     return Certificate(*gaps, splice=splice, merged=merged, stones=checked)
 
 
@@ -94,15 +94,6 @@ def _copied(inputs: Inputs) -> Inputs:
 def _run_graph(graph: fx.GraphModule, inputs: Inputs) -> Tensor:
     values = [inputs] if isinstance(inputs, Tensor) else list(inputs.values())
     return graph.forward(*values)
-
-
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            data = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(name.encode() + data.numpy().data)
-    return digest.hexdigest()
 
 
 # the models against their blocks ─────────────────────────────────────────────────────────────────
