@@ -9,6 +9,7 @@ kind           signature
 ``distances``  ``d(student, teacher, target, temperature) -> Tensor``, see ``losses.Distance``
 ``data``       ``read(path) -> (train images, train labels, test images, test labels, class
                names)``, found as ``SOURCE:PATH``; uint8 (N, H, W, C) and int64 (N,) arrays
+``trackers``   ``open(folder, settings) -> Tracker``, see ``tracking.Tracker``
 =============  =====================================================================
 
 Listing reads metadata only; no plugin is imported until it is named. ``KDSURGEON_NO_PLUGINS=1``
@@ -24,7 +25,7 @@ from typing import Any
 
 from kdsurgeon.errors import PluginError, UsageError, nearest
 
-KINDS = ("models", "distances", "data")
+KINDS = ("models", "distances", "data", "trackers")
 
 
 @dataclass(frozen=True)

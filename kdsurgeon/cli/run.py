@@ -30,7 +30,7 @@ _KEYS = {
     "smoothing": "loss.label_smoothing",
     "augment": "data.augment", "val_split": "data.val_split",
     "max_bad_images": "data.max_bad_images", "teacher_views": "data.teacher_views",
-    "teacher_cache": "teacher_cache", "fused": "loss.fused",
+    "teacher_cache": "teacher_cache", "fused": "loss.fused", "log_interval": "log_interval",
 }  # fmt: skip
 
 
@@ -95,6 +95,12 @@ def distill(
     mean: flags.Mean = None,
     std: flags.Std = None,
     input_size: flags.InputSize = None,
+    track: Annotated[
+        str | None, typer.Option(metavar="NAME,…|none", help="trackers, tensorboard by default")
+    ] = None,
+    log_interval: Annotated[
+        int | None, typer.Option(help="batches between two lines, or two numbers to a tracker")
+    ] = None,
     amp: Annotated[bool | None, typer.Option("--amp/--no-amp", help="mixed precision")] = None,
     amp_dtype: Annotated[str | None, typer.Option(help="bfloat16")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
@@ -128,7 +134,7 @@ def distill(
     for name, text in (("teacher", teacher), ("student", student)):
         if text is not None:
             overrides[name], spelled[name] = text, name.upper()
-    for name, value in _parsed(blocks, budget, stones, mean, std, input_size).items():
+    for name, value in _parsed(blocks, budget, stones, mean, std, input_size, track).items():
         overrides[name], spelled[name] = value, f"--{name.rpartition('.')[2].replace('_', '-')}"
     for text in set_ or []:
         key, value = parse_set(text)
@@ -172,8 +178,11 @@ def _parsed(
     mean: str | None,
     std: str | None,
     input_size: str | None,
+    track: str | None,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    if track is not None:
+        found["track"] = [] if track == "none" else [name.strip() for name in track.split(",")]
     if blocks is not None:
         found["blocks"] = flags.parse_blocks(blocks)
     if budget is not None:

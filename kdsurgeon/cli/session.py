@@ -18,12 +18,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kdsurgeon import __version__
 from kdsurgeon.checkpoints import Loaded, ModelCard, load_model
 from kdsurgeon.cli import inputs
 from kdsurgeon.cli.console import out, say, warn
+from kdsurgeon.cli.live import display, duration
 from kdsurgeon.data import Batches, Split
 from kdsurgeon.distillation import Distillation, chosen_depths, formula, how_it_runs, prepare
 from kdsurgeon.errors import Interrupted, ModelFileError, NumericsError, UsageError
@@ -33,7 +33,7 @@ from kdsurgeon.runs import Run, check_is_free, environment
 from kdsurgeon.stones import Certificate, Forecast, Plan, SteppingStones, certify, forecast
 from kdsurgeon.teacher_cache import TaughtBatches, cache_teacher
 from kdsurgeon.tracing import move
-from kdsurgeon.training import Epoch, Moment, Step
+from kdsurgeon.training import Moment
 from kdsurgeon.views import accuracy_table, draw_plan, plan_table, run_report
 
 
@@ -190,7 +190,7 @@ def _rehearse(ready: Distillation) -> None:
     each = (time.monotonic() - began) / max(1, len(steps) - 1)
     count = ready.recipe.epochs * len(ready.batches)  # pyright: ignore[reportArgumentType]
     say(
-        f"forecast {count:,} steps of {1000 * each:.0f} ms: about {_duration(count * each)}, "
+        f"forecast {count:,} steps of {1000 * each:.0f} ms: about {duration(count * each)}, "
         "evaluation not counted"
     )
     say("dry run: nothing was written")
@@ -198,13 +198,13 @@ def _rehearse(ready: Distillation) -> None:
 
 def _train(session: Session, ready: Distillation, run: Run) -> None:
     settings = session.settings
-    with _interruptible() as interrupt, _display(settings) as display:
+    with _interruptible() as interrupt, display(settings, run.path) as shown:
         epochs = ready.epochs(
-            run=run, card=session.card, stop=lambda: bool(interrupt.signal), watch=display.step
+            run=run, card=session.card, stop=lambda: bool(interrupt.signal), watch=shown.step
         )
         try:
             for epoch in epochs:
-                display.epoch(epoch)
+                shown.epoch(epoch)
         except NumericsError as error:
             checkpoint, _ = run.latest_checkpoint()
             assert checkpoint is not None, "a run saves before its first step"
@@ -377,61 +377,3 @@ def _interruptible() -> Iterator[_Interrupt]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
-
-class _Display:
-    """A bar with the losses while an epoch runs, and a line for every epoch that ended."""
-
-    def __init__(self, settings: RunConfig, progress: Progress) -> None:
-        self.progress = progress
-        self.task = progress.add_task("", total=None, text="")
-        self.epochs = settings.epochs
-
-    def step(self, step: Step) -> None:
-        self.progress.update(
-            self.task,
-            total=self.epochs * step.batches,
-            completed=step.epoch * step.batches + step.batch,
-            description=f"epoch {step.epoch + 1}/{self.epochs}",
-            text=f"{_losses(step.losses)}  {step.samples_per_second:,.0f} img/s",
-        )
-
-    def epoch(self, epoch: Epoch) -> None:
-        score = "" if epoch.accuracy is None else f"  accuracy {epoch.accuracy:6.2%}"
-        width = len(str(epoch.epochs))
-        self.progress.console.print(
-            f"epoch {epoch.number:{width}}/{epoch.epochs}{score}  {_losses(epoch.losses)}"
-            f"  {epoch.samples_per_second:,.0f} img/s",
-            markup=False,
-            soft_wrap=True,
-        )
-
-
-@contextmanager
-def _display(settings: RunConfig) -> Iterator[_Display]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
-    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
-        yield _Display(settings, progress)
-
-
-def _losses(losses: dict[str, float]) -> str:
-    """``loss 9.03  ce 0.40|0.59 0.51  kd 1.63|2.55 1.47``: the student, then stone by stone."""
-    shown = [f"loss {losses['total']:.3f}"] if "total" in losses else []
-    for kind in ("ce", "kd", "cross"):
-        values = {name: value for name, value in losses.items() if name.startswith(f"{kind} ")}
-        student = values.pop(f"{kind} student", None)
-        if student is not None:
-            stones = " ".join(f"{value:.2f}" for value in values.values())
-            shown.append(f"{kind} {student:.2f}" + (f"|{stones}" if stones else ""))
-    return "  ".join(shown)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

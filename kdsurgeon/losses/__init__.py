@@ -1,11 +1,12 @@
 """Logits in, one scalar out: every loss of the method, for all stepping stones at once."""
 
 from kdsurgeon.losses.block_kd import block_kd_loss
-from kdsurgeon.losses.formulas import Logits, Losses, kl, task_loss
+from kdsurgeon.losses.formulas import Distance, Logits, Losses, kl, task_loss
 from kdsurgeon.losses.fused import can_fuse
 from kdsurgeon.losses.linear import linear_block_kd_loss
 
 __all__ = [
+    "Distance",
     "Logits",
     "Losses",
     "block_kd_loss",

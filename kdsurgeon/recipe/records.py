@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -39,7 +40,24 @@ def _as_tuple(value: Any) -> Any:
 def _known_distance(name: Any) -> Any:
     if isinstance(name, str) and name != "kl" and name not in (known := installed("distances")):
         names = sorted({"kl", *known})
-        contradict(("", f'no distance is called "{name}"{did_you_mean(name, names)}'))
+        hint = did_you_mean(name, names) or f"; installed: {', '.join(names)}"
+        contradict(("", f'no distance is called "{name}"{hint}'))
+    return name
+
+
+def _known_trackers(names: Any) -> Any:
+    for name in names if isinstance(names, tuple) else ():
+        if name not in (known := installed("trackers")):
+            contradict(("", f'no tracker is called "{name}"{did_you_mean(name, sorted(known))}'))
+    return names
+
+
+def _known_optimizer(name: Any) -> Any:
+    if name not in (*_OWN_OPTIMIZERS, *TIMM_OPTIMIZERS):
+        raise ValueError
+    if name in TIMM_OPTIMIZERS and find_spec("timm") is None:
+        text = f"opt {name} comes with timm, which is not installed: pip install timm"
+        contradict(("", text))
     return name
 
 
@@ -80,6 +98,18 @@ def _auto_or_count(value: Any) -> Any:
     return value
 
 
+_OWN_OPTIMIZERS = ("sgd", "adamw")
+TIMM_OPTIMIZERS = (
+    "adabelief", "adafactor", "adafactorbv", "adamp", "adan", "adopt", "lamb", "laprop", "larc",
+    "lars", "lion", "madgrad", "mars", "nadamw", "novograd", "radam", "rmsproptf", "sgdp", "sgdw",
+)  # fmt: skip
+"""Of timm 1.0: those that need no second pass, no other package and nothing of single weights."""
+
+Optimizer = Annotated[
+    str,
+    BeforeValidator(_known_optimizer),
+    Must('"sgd" or "adamw"', ("sgd", "adamw", "lamb", "lars", "lion", "nadamw")),
+]
 Positive = Annotated[float, Field(gt=0), Must("a number above 0")]
 NotNegative = Annotated[
     float,
@@ -128,6 +158,12 @@ Shares = Annotated[
     AfterValidator(_rising),
     Must("a list of numbers above 0 and below 1 in rising order"),
 ]
+Trackers = Annotated[
+    tuple[Text, ...],
+    BeforeValidator(_as_tuple),
+    AfterValidator(_known_trackers),
+    Must("a list of trackers' names, or an empty one"),
+]
 Mean = Annotated[
     Annotated[tuple[float, ...], Field(min_length=1)] | None,
     BeforeValidator(_as_tuple),
@@ -148,6 +184,16 @@ Device = Annotated[
     Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"),
     Must('"auto", "cpu", "cuda", "cuda:N" or "mps"', ("auto", "cpu", "cuda", "cuda:0", "mps")),
 ]
+
+
+FREE_ON_RESUME = frozenset(
+    {
+        "output", "checkpoint_every", "optim.skip_nan", "optim.auto_batch",
+        "optim.auto_batch_norm", "threads", "device", "track", "log_interval", "teacher_cache",
+    }
+)  # fmt: skip
+"""Keys that a resumed run may change: no bit of it depends on them. (How many threads there are,
+and on which kind of device, is compared as it is, not as it was asked for.)"""
 
 
 class Section(BaseModel):
@@ -245,8 +291,8 @@ class LossRecipe(Section):
 class OptimRecipe(Section):
     """The optimiser of student and adapters and its learning rate over the run."""
 
-    opt: Literal["sgd", "adamw"] = "adamw"
-    """the optimiser; ours"""
+    opt: Optimizer = "adamw"
+    """the optimiser, sgd or adamw, or one of timm's where that is installed, such as lamb; ours"""
     lr: Positive = 1e-3
     """highest learning rate, per update; ours, for adamw (CIFAR protocol with sgd: 0.05)"""
     momentum: Below1 = 0.9
@@ -256,7 +302,7 @@ class OptimRecipe(Section):
     decay_norms: Switch = False
     """weight decay of biases and normalisation, too, as in the CIFAR protocol of RepDistiller;
     ours: off, as in timm"""
-    sched: Literal["cosine", "step", "constant"] = "cosine"
+    sched: Literal["cosine", "step", "onecycle", "constant"] = "cosine"
     """course of the learning rate after the warm-up; ours"""
     decay_at: Shares = (150 / 240, 180 / 240, 210 / 240)
     """shares of the run after which sched step multiplies lr by decay_rate; epochs 150, 180 and 210
@@ -270,7 +316,18 @@ class OptimRecipe(Section):
     clip_grad: Annotated[Positive | None, Must("a number above 0, or null")] = None
     """largest norm of the gradient, null for no clipping; ours"""
     grad_accum_steps: Count = 1
-    """batches summed into one update; ours"""
+    """batches whose mean gradient makes one update; ours"""
+    model_ema: Switch = False
+    """keep a moving average of the student, which is evaluated and saved as well; ours"""
+    model_ema_decay: Below1 = 0.9998
+    """share of the moving average that an update keeps, no unit; timm's"""
+    skip_nan: Tolerance = 0
+    """updates of a run that may be left out, and counted, because a number is not finite, before
+    it stops; ours"""
+    auto_batch: Switch = False
+    """where memory runs out, let a batch go through in parts, for the same update; ours"""
+    auto_batch_norm: Switch = False
+    """also where batch normalisation then computes with the statistics of the parts; ours"""
 
     @field_validator("min_lr")
     @classmethod
@@ -339,8 +396,18 @@ class Recipe(Section):
     """CPU threads, null: as torch chooses; the last bits of every result depend on it; ours"""
     amp: Switch = False
     """compute in mixed precision (autocast); ours"""
-    amp_dtype: Literal["bfloat16"] = "bfloat16"
-    """number format under amp; ours: it needs no loss scaling"""
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """number format under amp; ours: bfloat16 needs no loss scaling, which float16 gets"""
+    compile: Switch = False
+    """let torch.compile make one program of the training graph, where it can; ours"""
+    channels_last: Annotated[bool | None, Must("true, false or null")] = None
+    """images with channels last in memory; null: where the model can take it; ours"""
+    deterministic: Switch = False
+    """only operations that give the same bits again, also on CUDA; ours"""
+    checkpoint_every: Annotated[Count | None, Must("a whole number from 1 to 1,000,000, or null")] = (
+        None
+    )
+    """updates between two checkpoints inside an epoch; null: at the ends of epochs only; ours"""
     loss: LossRecipe = LossRecipe()
     """the loss"""
     optim: OptimRecipe = OptimRecipe()
@@ -396,6 +463,10 @@ class RunConfig(Recipe):
     """the run folder, null: a new one is named"""
     teacher_cache: OptionalText = None
     """file that keeps the teacher's logits for other runs, null: in memory; ours"""
+    track: Trackers = ("tensorboard",)
+    """where numbers are sent beside metrics.jsonl, by plugin name; ours"""
+    log_interval: Count = 50
+    """batches between two numbers sent or lines printed; ours, as in timm"""
     plan: OptionalText = None
     """a plan file to follow, null: plan afresh"""
     blocks: Blocks = "auto"
