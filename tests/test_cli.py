@@ -21,6 +21,7 @@ from kdsurgeon.cli import app as application
 from kdsurgeon.cli import main
 from kdsurgeon.data import load
 from kdsurgeon.demo import build
+from kdsurgeon.recipe import RunConfig, write_yaml
 from kdsurgeon.runs import read_metrics
 from kdsurgeon.stones import Certificate
 
@@ -105,6 +106,24 @@ def test_flags_are_spelled_with_dashes_or_underscores(tell):
     dashes = tell("inspect", "demo/teacher", "--input-size", "1,8,8")
     assert tell("inspect", "demo/teacher", "--input_size", "1,8,8") == dashes
     assert "stages.0.relu_1" in dashes
+
+
+def test_past_runs_are_compared_by_the_settings_in_which_they_differ(tell):
+    for name, temperature in (("cold", 1), ("warm", 4)):
+        folder = Path("runs") / name
+        folder.mkdir(parents=True)
+        settings = RunConfig(
+            teacher="t.pt", student="s.pt", data_dir="digits", epochs=3, output=str(folder),
+            loss={"temperature": temperature},
+        )  # fmt: skip
+        (folder / "config.yaml").write_text(write_yaml(settings.dump()))
+        (folder / "run.json").write_text('{"teacher_accuracy": 0.9}')
+        lines = [{"epoch": i, "accuracy": a, "seconds": 30} for i, a in ((1, 0.7), (2, 0.6))]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    head, cold, warm, _ = [line.split() for line in tell("runs", "runs").splitlines()]
+    assert head == ["run", "epochs", "best", "last", "teacher", "minutes", "temperature"]
+    assert cold == ["cold", "2/3", "70.00%", "60.00%", "90.00%", "1.0", "1.0"]
+    assert warm[-1] == "4.0"
 
 
 # ── errors and switches ──────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -222,7 +224,7 @@ def evaluate(
 def runs(
     folder: Annotated[Path, typer.Argument(help="a folder of run folders")] = Path("runs"),
 ) -> None:
-    """Past runs in one table."""
+    """Past runs in one table, with the settings in which they differ."""
     found = sorted(path.parent for path in folder.glob("*/config.yaml"))
     if not found:
         raise UsageError(f"{folder} holds no run folders.", fix="name the folder of your runs")
@@ -231,14 +233,50 @@ def runs(
     from kdsurgeon.recipe import read_config
     from kdsurgeon.runs import read_metrics
 
-    table = Table("run", "method", "epochs", "best", "last", "teacher", "student", box=None)
-    for path in found:
-        settings, lines = read_config(path / "config.yaml"), read_metrics(path)
+    settings = [dict(_flat(read_config(path / "config.yaml").dump())) for path in found]
+    differing = [key for key in settings[0] if len({str(each[key]) for each in settings}) > 1]
+    differing = [key for key in differing if key not in ("output", "epochs")]
+    numbers = ("epochs", "best", "last", "teacher", "minutes")
+    table = Table(
+        "run", *numbers, *(key.rpartition(".")[2] for key in differing), box=None, pad_edge=False
+    )
+    for column in table.columns[1 : 1 + len(numbers)]:
+        column.justify = "right"
+    for path, given in zip(found, settings, strict=True):
+        lines = read_metrics(path)
         scores = [line["accuracy"] for line in lines if line["accuracy"] is not None]
-        best, last = (f"{max(scores):.2%}", f"{scores[-1]:.2%}") if scores else ("–", "–")
-        done = f"{len(lines)}/{settings.epochs}"
         table.add_row(
-            path.name, settings.method, done, best, last, settings.teacher, settings.student
+            path.name,
+            f"{len(lines)}/{given['epochs']}",
+            _percent(max(scores, default=None)),
+            _percent(scores[-1] if scores else None),
+            _percent(_teacher_accuracy(path)),
+            f"{sum(line['seconds'] for line in lines) / 60:.1f}",
+            *(_short(given[key]) for key in differing),
         )
     out.print(table)
     say(f"{len(found)} run{'s' * (len(found) != 1)}; accuracy on held-out data")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.2%}"
+
+
+def _short(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def _teacher_accuracy(folder: Path) -> float | None:
+    """As the run measured it before its first step."""
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["teacher_accuracy"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
