@@ -18,7 +18,7 @@ import networkx as nx
 from kdsurgeon.errors import AlignmentError, PlanError, UsageError
 from kdsurgeon.layouts import Activation
 from kdsurgeon.partitioning import CutPoint, Partition, cut, find_cut_points
-from kdsurgeon.tracing import Trace
+from kdsurgeon.tracing import Trace, describe
 
 MAX_BLOCKS_WITHOUT_STAGES = 4  # isotropic networks: equal groups of compute
 MAX_CANDIDATES = 32  # of one model, evenly spread over its compute
@@ -103,7 +103,7 @@ def align(
             f"{teacher.name} has {teacher.num_classes} classes, "
             f"{student.name} has {student.num_classes}.",
             fix="build both for the same classes, e.g. --student-arch NAME,num_classes="
-            f"{teacher.num_classes}",
+            f"{teacher.num_classes}; a model that returns features needs its classifier",
         )
     if blocks == 0:
         return _cut_both(teacher, student, [])
@@ -184,11 +184,11 @@ def _offers(
 
 
 def _check_logits(trace: Trace) -> None:
-    shape = trace.logits.meta["val"].shape[1:]
-    if len(shape) != 1:
+    value = trace.logits.meta["val"]
+    if value.ndim != 2 or not value.is_floating_point():
         raise AlignmentError(
             f"{trace.name} does not return one tensor of logits (batch, classes).",
-            returned=f"{'×'.join(map(str, shape))} for each sample",
+            returned=describe(value),
             fix="wrap it in a module whose forward returns the logits alone",
         )
 

@@ -204,6 +204,85 @@ class Shared(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Tokens(nn.Module):
+    """ViT: patches behind a convolved stem, a class token, pre-norm attention, dropout."""
+
+    class Unit(nn.Module):
+        def __init__(self, width: int, heads: int, dropout: float) -> None:
+            super().__init__()
+            self.heads, self.dropout = heads, dropout
+            self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.attended, self.mixed = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.wide, self.narrow = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            batch, count, width = x.shape
+            parts = self.attended(self.norm1(x)).view(batch, count, 3, self.heads, -1)
+            query, key, value = parts.permute(2, 0, 3, 1, 4)
+            found = functional.scaled_dot_product_attention(query, key, value)
+            found = self.mixed(found.transpose(1, 2).reshape(batch, count, width))
+            x = x + functional.dropout(found, self.dropout, self.training)
+            found = self.narrow(functional.gelu(self.wide(self.norm2(x))))
+            return x + functional.dropout(found, self.dropout, self.training)
+
+    def __init__(
+        self, width: int = 12, depth: int = 4, heads: int = 2, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*conv(3, width, stride=2), *conv(width, width, stride=2))
+        self.token = nn.Parameter(torch.randn(1, 1, width) * 0.5)
+        self.position = nn.Parameter(torch.randn(1, 17, width) * 0.5)
+        self.drop = nn.Dropout(dropout)
+        self.layers = nn.Sequential(*(self.Unit(width, heads, dropout) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.position
+        return self.head(self.norm(self.layers(self.drop(x)))[:, 0])
+
+
+class Streams(nn.Module):
+    """HRNet, CrossViT: a fine and a coarse stream that exchange what they see at every stage.
+
+    No tensor holds both together, from the stem to the head.
+    """
+
+    class Stage(nn.Module):
+        def __init__(self, width_in: int, width: int, stride: int) -> None:
+            super().__init__()
+            self.fine = nn.Sequential(*conv(width_in, width, stride=stride))
+            self.coarse = nn.Sequential(*conv(2 * width_in, 2 * width, stride=stride))
+            self.down = nn.Sequential(
+                nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * width)
+            )
+            self.up = nn.Sequential(
+                nn.Conv2d(2 * width, width, 1, bias=False), nn.BatchNorm2d(width)
+            )
+
+        def forward(self, fine: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+            fine, coarse = self.fine(fine), self.coarse(coarse)
+            coarse = torch.relu(coarse + self.down(fine))
+            seen = functional.interpolate(self.up(coarse), scale_factor=2.0)
+            return torch.relu(fine + seen), coarse
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(*conv(3, width))
+        self.coarse = nn.Sequential(*conv(width, 2 * width, stride=2))
+        widths = ((width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1))
+        self.stages = nn.ModuleList(self.Stage(*each) for each in widths)
+        self.head = nn.Linear(6 * width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.stem(x)
+        coarse = self.coarse(fine)
+        for stage in self.stages:
+            fine, coarse = stage(fine, coarse)
+        return self.head(torch.cat([fine.mean((2, 3)), coarse.mean((2, 3))], 1))
+
+
 ALL = {
     "chain": chain,
     "residual": Residual,
@@ -212,6 +291,8 @@ ALL = {
     "branching": Branching,
     "shuffle": Shuffle,
     "shared": Shared,
+    "tokens": Tokens,
+    "streams": Streams,
 }
 
 

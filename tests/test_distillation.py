@@ -1,7 +1,6 @@
 import copy
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import kdsurgeon
-from kdsurgeon.checkpoints import ModelCard
 from kdsurgeon.distillation import (
     check_teacher,
     chosen_depths,
@@ -22,7 +20,7 @@ from kdsurgeon.errors import DataError, NumericsError, PlanError, TraceError, Us
 from kdsurgeon.evaluation import accuracy, evaluate
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Run
-from kdsurgeon.stones import Plan, partition, synthesize
+from kdsurgeon.stones import partition, synthesize
 from kdsurgeon.views import accuracy_finding
 from tests import models
 from tests.test_stones import with_identity_adapters
@@ -40,53 +38,6 @@ def plan():
 
 def losses(epochs):
     return [epoch.losses["total"] for epoch in epochs]
-
-
-def test_4_6_without_stone_weights_it_is_plain_distillation_step_for_step():
-    """METHOD 4.6: all w_i = 0 and γ = 0 give the same losses and the same weights."""
-    results = []
-    for method in ("kd", "block-kd"):
-        torch.manual_seed(0)
-        chosen = plan()
-        stones = tuple(replace(stone, weight=0.0) for stone in chosen.stones)
-        chosen = Plan(chosen.alignment, stones)
-        recipe = Recipe(method=method, epochs=3, loss={"cross_weight": 0.0})
-        trace = []
-        ready = prepare(
-            chosen.teacher.trace.model,
-            chosen.student.trace.model,
-            batches(),
-            plan=chosen,
-            recipe=recipe,
-        )
-        for _ in ready.epochs(watch=lambda step, trace=trace: trace.append(step.losses)):
-            pass
-        kept = [{k: v for k, v in step.items() if "stone" not in k} for step in trace]
-        results.append((kept, chosen.student.trace.model.state_dict()))
-    (plain, plain_weights), (block, block_weights) = results
-    assert len(plain) == 9
-    assert plain == block
-    assert all(torch.equal(plain_weights[key], block_weights[key]) for key in plain_weights)
-
-
-def test_4_7_the_saved_student_loads_strictly_into_an_untouched_student(tmp_path):
-    """METHOD 4.7: nothing of adapters or teacher is in the file."""
-    chosen = plan()
-    ready = prepare(
-        chosen.teacher.trace.model,
-        chosen.student.trace.model,
-        batches(),
-        plan=chosen,
-        recipe=Recipe(epochs=1),
-    )
-    with Run.create(tmp_path / "run") as run:
-        list(ready.epochs(run=run, card=ModelCard(num_classes=10)))
-    saved = load_file(tmp_path / "run" / "student" / "last.safetensors")
-    untouched = models.make("inverted", seed=5)
-    assert set(saved) == set(untouched.state_dict())
-    untouched.load_state_dict(saved, strict=True)
-    trained = chosen.student.trace.model.eval()
-    assert torch.equal(untouched.eval()(models.images()), trained(models.images()))
 
 
 def test_distilling_needs_two_models_and_batches():

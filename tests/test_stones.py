@@ -5,13 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from kdsurgeon.distillation import prepare
 from kdsurgeon.errors import DataError, PlanError, TraceError, UsageError
 from kdsurgeon.losses import block_kd_loss
+from kdsurgeon.partitioning import recut
+from kdsurgeon.recipe import Recipe
+from kdsurgeon.runs import Run
 from kdsurgeon.stones import (
     Plan,
     certify,
+    compose,
     fit_adapters,
     forecast,
     partition,
@@ -32,12 +38,19 @@ PAIRS = [
     ("branching", "branching"),
     ("inverted", "shuffle"),
     ("shared", "shared"),
+    ("tokens", "tokens"),
+    ("residual", "tokens"),
+    ("tokens", "residual"),
+    ("streams", "streams"),
+    ("streams", "chain"),
+    ("dense", "streams"),
 ]
+DROPS = {"tokens": {"dropout": 0.2}}  # as vision transformers are trained
 
 
 def planned(teacher="residual", student="inverted", *, dtype=torch.float32, **kwargs):
-    first = models.make(teacher, seed=1).to(dtype)
-    second = models.make(student, seed=2).to(dtype)
+    first = models.make(teacher, seed=1, **DROPS.get(teacher, {})).to(dtype)
+    second = models.make(student, seed=2, **DROPS.get(student, {})).to(dtype)
     return partition(first, second, models.images(2, dtype=dtype), **kwargs)
 
 
@@ -62,52 +75,65 @@ def assert_no_gap(proof):
 
 @pytest.mark.parametrize("name", models.ALL)
 def test_4_1_a_copy_of_the_teacher_with_identity_adapters_gives_the_teachers_logits(name):
-    teacher = models.make(name)
+    teacher = models.make(name, **DROPS.get(name, {}))
     plan = with_identity_adapters(partition(teacher, copy.deepcopy(teacher), models.images(2)))
     # a larger batch may round otherwise, and so do folded weights
-    for merge, fold, tolerance in ((False, True, 1e-5), (True, False, 1e-6), (False, False, 0.0)):
+    bounds = {(False, False): 0.0, (True, False): 1e-6, (False, True): 1e-5, (True, True): 1e-5}
+    for (merge, fold), bound in bounds.items():
         logits = synthesize(plan, merge=merge, fold=fold).eval()(models.images(5))
         assert len(logits.stones) == len(plan.stones) > 0
         for each in (logits.student, *logits.stones):
-            torch.testing.assert_close(each, logits.teacher, rtol=tolerance, atol=tolerance)
-    loss = block_kd_loss(logits, models.labels(5), ce_weight=0.0, cross_weight=1.0)
-    assert loss.total.item() == pytest.approx(0.0, abs=1e-6)
+            torch.testing.assert_close(each, logits.teacher, rtol=bound, atol=bound)
+        loss = block_kd_loss(logits, models.labels(5), ce_weight=0.0, cross_weight=1.0)
+        assert set(loss.parts) >= {"kd student", "kd stone 1", "cross student", "cross stone 1"}
+        assert all(part.item() == pytest.approx(0.0, abs=1e-6) for part in loss.parts.values())
 
 
+def owners(whole):
+    """The block of every parameter of a model: the first that uses it."""
+    found = {}
+    for index, block in enumerate(whole.blocks):
+        for node in block.nodes:
+            if node.op == "call_module":
+                for parameter in whole.trace.model.get_submodule(node.target).parameters():
+                    found.setdefault(parameter, index)
+            elif node.op == "get_attr":
+                found.setdefault(whole.trace.model.get_parameter(node.target), index)
+    return found
+
+
+@pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
-def test_4_2_a_stone_reaches_the_student_up_to_its_boundary_and_no_further(teacher, student):
+def test_4_2_a_stone_reaches_the_student_up_to_its_boundary_and_no_further(teacher, student, fold):
     for stone in planned(teacher, student).stones:
         plan = planned(teacher, student)
-        stones = synthesize(plan)
+        stones = synthesize(plan, fold=fold)
         logits = stones(models.images(4))
         logits.stones[stone.depth - 1].square().sum().backward()
-        owner = {}
-        for index, block in enumerate(plan.student.blocks):
-            for node in block.nodes:
-                if node.op == "call_module":
-                    module = plan.student.trace.model.get_submodule(node.target)
-                    for parameter in module.parameters():
-                        owner.setdefault(parameter, index)  # a shared one belongs where it begins
+        owner = owners(plan.student)
+        assert set(owner) == set(plan.student.trace.model.parameters())
         reached = {
             index: any(p.grad is not None and p.grad.abs().sum() > 0 for p in own)
             for index in range(len(plan.student.blocks))
             if (own := [p for p, i in owner.items() if i == index])
         }
         assert reached == {index: index < stone.depth for index in reached}
-        for depth, adapter in stones.adapters.items():
-            reaches = any(p.grad is not None and p.grad.any() for p in adapter.parameters())
-            assert reaches == (int(depth) == stone.depth)
+        for depth, adapters in stones.adapters.items():
+            for adapter in adapters:  # a wide cut has one for each of its tensors
+                reaches = any(p.grad is not None and p.grad.any() for p in adapter.parameters())
+                assert reaches == (int(depth) == stone.depth)
 
 
+@pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
 def test_4_3_the_teacher_is_bit_identical_after_training_whatever_mode_the_caller_sets(
-    teacher, student
+    teacher, student, fold
 ):
     plan = planned(teacher, student)
     own = plan.teacher.trace.model
     own.train()
     before = copy.deepcopy(own.state_dict())
-    stones = synthesize(plan)
+    stones = synthesize(plan, fold=fold)
     optimizer = torch.optim.SGD(stones.parameters(), lr=0.1)
     for step in range(3):
         stones.train(step != 1)
@@ -120,13 +146,14 @@ def test_4_3_the_teacher_is_bit_identical_after_training_whatever_mode_the_calle
     assert own.training
 
 
+@pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
-def test_4_4_merged_and_looped_tails_agree_in_logits_and_gradients(teacher, student):
+def test_4_4_merged_and_looped_tails_agree_in_logits_and_gradients(teacher, student, fold):
     results = []
     for merge in (True, False):
         plan = planned(teacher, student, dtype=torch.float64)
-        stones = synthesize(plan, merge=merge)
-        stones.adapters.to(torch.float64)
+        stones = synthesize(plan, merge=merge, fold=fold)
+        torch.manual_seed(3)  # of the student's dropout
         logits = stones(models.images(5, dtype=torch.float64))
         block_kd_loss(logits, models.labels(5), cross_weight=1.0).total.backward()
         results.append((logits.stones, [p.grad for p in stones.parameters()]))
@@ -136,8 +163,78 @@ def test_4_4_merged_and_looped_tails_agree_in_logits_and_gradients(teacher, stud
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
-# 4.5 (blocks recomposed are the model) stands in test_partitioning.py,
-# 4.6 (no stone weights is plain distillation) and 4.7 (the saved student) in test_distillation.py.
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_4_5_the_blocks_of_a_plan_recomposed_are_its_models(teacher, student, training):
+    """At the cuts of a plan; test_partitioning.py has it at every cut there is."""
+    plan, twins = planned(teacher, student), planned(teacher, student)
+    for whole, twin in ((plan.teacher, twins.teacher), (plan.student, twins.student)):
+        model = whole.trace.model.train(training)
+        captured = trace(twin.trace.model.train(training), models.images(2), training=training)
+        assert len(twin.blocks) == len(plan.stones) + 1 > 1
+        outputs = []
+        for network in (model, compose(recut(twin, captured))):
+            torch.manual_seed(3)
+            outputs.append(network(models.images(5)))
+            outputs[-1].square().mean().backward()
+        assert torch.equal(*outputs)
+        for own, other in zip(model.parameters(), twin.trace.model.parameters(), strict=True):
+            assert torch.equal(own.grad, other.grad)
+        for own, other in zip(model.buffers(), twin.trace.model.buffers(), strict=True):
+            assert torch.equal(own, other)
+
+
+def trained(plan: Plan, recipe: Recipe, **kwargs: object) -> list[dict[str, float]]:
+    """The losses of every step of a run over two batches, the stones' own left out."""
+    sides = (plan.teacher, plan.student)
+    batches = [(models.images(6, seed=i), models.labels(6, seed=i)) for i in range(2)]
+    ready = prepare(*(side.trace.model for side in sides), batches, plan=plan, recipe=recipe)
+    losses = []
+    torch.manual_seed(3)
+    for _ in ready.epochs(watch=lambda step: losses.append(step.losses), **kwargs):
+        pass
+    return [{k: v for k, v in step.items() if "stone" not in k} for step in losses]
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_4_6_stones_that_weigh_nothing_change_no_bit_of_plain_distillation(teacher, student):
+    """Neither where they are left out, nor where they are asked for by depth and run."""
+    results = []
+    for method, wanted in (("kd", "all"), ("block-kd", "all"), ("block-kd", "each")):
+        plan = planned(teacher, student)
+        plan = replace(plan, stones=tuple(replace(stone, weight=0.0) for stone in plan.stones))
+        depths = [stone.depth for stone in plan.stones] if wanted == "each" else wanted
+        loss = {"cross_weight": 0.0, "stones": depths}
+        losses = trained(plan, Recipe(method=method, epochs=2, loss=loss))
+        results.append((losses, plan.student.trace.model.state_dict()))
+    (plain, plain_weights), *others = results
+    assert len(plain) == 4 and set(plain[0]) == {"total", "ce student", "kd student"}
+    for losses, weights in others:
+        assert losses == plain
+        assert all(torch.equal(value, plain_weights[key]) for key, value in weights.items())
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_4_7_the_saved_student_is_an_untouched_student_and_nothing_else(teacher, student, tmp_path):
+    plan = planned(teacher, student)
+    with Run.create(tmp_path / "run") as run:
+        trained(plan, Recipe(epochs=1), run=run)
+    saved = load_file(tmp_path / "run" / "student" / "last.safetensors")
+    untouched = models.make(student, seed=5)
+    assert set(saved) == set(untouched.state_dict())
+    untouched.load_state_dict(saved, strict=True)
+    after = plan.student.trace.model.eval()
+    assert torch.equal(untouched.eval()(models.images()), after(models.images()))
+    before = models.make(student, seed=2).state_dict()
+    assert any(not torch.equal(value, before[key]) for key, value in saved.items())
+
+
+def test_two_streams_of_one_network_are_cut_by_twos_at_every_stage():
+    for teacher, student in (("streams", "streams"), ("streams", "chain"), ("dense", "streams")):
+        plan = planned(teacher, student)
+        for name, whole in ((teacher, plan.teacher), (student, plan.student)):
+            assert {point.width for point in whole.cuts} == {2 if name == "streams" else 1}
+        assert_no_gap(certify(plan))
 
 
 # the training graph ──────────────────────────────────────────────────────────────────────────────

@@ -39,6 +39,9 @@ class Stone:
     adapters: tuple[AdapterSpec, ...]
     weight: float
 
+    def __post_init__(self) -> None:
+        _check_weight(self.depth, self.weight)
+
     def __str__(self) -> str:
         return "; ".join(map(str, self.adapters))
 
@@ -203,15 +206,18 @@ def plan_stones(alignment: Alignment, *, max_adapter_parameters: int | None = No
     )
 
 
-def check_depths(plan: Plan, depths: Collection[int]) -> None:
-    """Raises :class:`PlanError` at the first depth that the plan has no stone of."""
+def check_depths(plan: Plan, depths: Collection[int], key: str = "loss.stones") -> None:
+    """Raises :class:`PlanError` at the first depth that the plan has no stone of.
+
+    ``key`` is the one of the recipe that asks for them.
+    """
     known = [stone.depth for stone in plan.stones]
     for depth in depths:
         if depth not in known:
             raise PlanError(
                 f"the plan has no stone of depth {depth}.",
                 known=", ".join(map(str, known)) or "none",
-                fix="change loss.stones, or plan more blocks with --blocks",
+                fix=f"change {key}, or plan more blocks with --blocks",
             )
 
 
@@ -252,13 +258,24 @@ def read_plan(path: str | Path, teacher: Trace, student: Trace) -> Plan:
     stones = []
     for entry, stone in zip(entries, plan.stones, strict=True):
         weight = entry.get("weight", stone.weight)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
-            raise PlanError(
-                f"{name}: the weight of boundary {stone.depth} is {weight!r}.",
-                fix="give a number of 0 or more",
-            )
+        _check_weight(stone.depth, weight, f"{name}: ")
         stones.append(Stone(stone.depth, _edited(name, stone, entry), float(weight)))
+    if not any(stone.weight for stone in stones):
+        raise PlanError(
+            f"{name}: every weight is 0, so that no stone would be trained.",
+            fix="give a boundary a weight above 0, or leave the plan out for plain distillation: "
+            "--method kd",
+        )
     return Plan(plan.alignment, tuple(stones))
+
+
+def _check_weight(depth: int, weight: Any, place: str = "") -> None:
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not 0 <= weight < 1e6:
+        raise PlanError(
+            f"{place}the weight of boundary {depth} is {weight!r}.",
+            fix="give a number of 0 or more, below 1,000,000",
+        )
 
 
 def _read(path: Path) -> Document:

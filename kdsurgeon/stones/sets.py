@@ -23,8 +23,10 @@ def chosen_depths(plan: Plan, recipe: Recipe) -> tuple[int, ...]:
     """
     if recipe.method != "block-kd":
         return ()
-    wanted = [recipe.loss.stones, *(each for _, each in recipe.loss.stone_schedule)]
-    return tuple(sorted({stone.depth for each in wanted for stone in _stones_of(plan, each)}))
+    found = _stones_of(plan, recipe.loss.stones)
+    for _, later in recipe.loss.stone_schedule:
+        found += _stones_of(plan, later, "loss.stone_schedule")
+    return tuple(sorted({stone.depth for stone in found}))
 
 
 def stones_at(plan: Plan, recipe: Recipe, progress: float, step: int) -> dict[int, float]:
@@ -52,20 +54,22 @@ def stones_at(plan: Plan, recipe: Recipe, progress: float, step: int) -> dict[in
     return {stone.depth: sums[-1]}
 
 
-def _stones_of(plan: Plan, wanted: str | tuple[int, ...]) -> tuple[Stone, ...]:
+def _stones_of(
+    plan: Plan, wanted: str | tuple[int, ...], key: str = "loss.stones"
+) -> tuple[Stone, ...]:
     """``all``, ``random``, ``last-K``, ``drop-first``: of those that the plan weighs; or depths."""
     known = tuple(stone for stone in plan.stones if stone.weight > 0)
     if wanted in ("all", "random"):
         return known
-    if wanted == "drop-first":
-        return known[1:]
     if isinstance(wanted, str):
-        count = int(wanted.removeprefix("last-"))
-        if count > len(known):
+        least = 2 if wanted == "drop-first" else int(wanted.removeprefix("last-"))
+        if least > (count := len(known)):
+            fewer = f"last-{count}{' or fewer' * (count > 1)}" if count else "--method kd"
             raise PlanError(
-                f"loss.stones is {wanted}, but the plan has {len(known)}.",
-                fix=f"last-{len(known)} or fewer, or plan more blocks with --blocks",
+                f"{key} is {wanted}, but the plan has {count} stone{'s' * (count != 1)} of a "
+                "weight above 0.",
+                fix=f"{fewer}, or plan more blocks with --blocks",
             )
-        return known[-count:]
-    check_depths(plan, wanted)
+        return known[1:] if wanted == "drop-first" else known[-least:]
+    check_depths(plan, wanted, key)
     return tuple(stone for stone in plan.stones if stone.depth in wanted)

@@ -7,6 +7,7 @@ from kdsurgeon.tracing.capture import Trace, trace, trace_whole
 from kdsurgeon.tracing.outputs import (
     Inputs,
     call_model,
+    describe,
     find_logits,
     in_mode,
     logits_in,
@@ -24,6 +25,7 @@ __all__ = [
     "after",
     "batch_axis",
     "call_model",
+    "describe",
     "evaluate",
     "find_logits",
     "in_mode",
