@@ -71,8 +71,12 @@ def compare(train: Dataset, val: Dataset, given: argparse.Namespace) -> Iterator
         ("kd", given.epochs, {}),
         ("block-kd", given.epochs, {}),
         ("block-kd", given.epochs, {"stones": "random"}),
+        ("kd", given.epochs, {"temperature": 2.0}),
+        ("block-kd", given.epochs, {"temperature": 2.0}),
+        ("block-kd", given.epochs, {"stone_warmup": given.epochs / 3}),
         ("ce", longer, {}),
         ("kd", longer, KD),
+        ("kd", longer, {}),
     ]
     for seed in range(given.seeds):
         for method, epochs, loss in runs:
