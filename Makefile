@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test fuzz zoo bench bench-accuracy check lint venv clean
+.PHONY: demo test fuzz torture zoo bench bench-accuracy check lint venv clean
 export HF_HUB_OFFLINE := 1
 
 venv: $(STAMP)
@@ -28,6 +28,9 @@ lint: $(STAMP)
 
 fuzz: $(STAMP)        ## 10,000 random classifiers: what must hold of every cut and stone
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count 10000 --jobs 2
+
+torture: $(STAMP)     ## runs that are killed, refused, cut off from power, damaged: nothing is lost
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture all --jobs 2
 
 zoo: $(STAMP)         ## every model that has a name, into docs/zoo.md; hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.run capture modes others pairs trained decoder report

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdsurgeon import plugins
-from kdsurgeon.checkpoints import ModelCard, save_model
+from kdsurgeon.checkpoints import ModelCard
 from kdsurgeon.errors import NumericsError, PlanError, UsageError
 from kdsurgeon.evaluation import accuracy
+from kdsurgeon.keeping import Keeper, load_weights, student_of
 from kdsurgeon.losses import Losses, block_kd_loss, can_fuse, kl, task_loss
+from kdsurgeon.losses.formulas import Distance
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Checkpoint, Run
 from kdsurgeon.stones import (
@@ -27,16 +29,21 @@ from kdsurgeon.stones import (
     stones_at,
     synthesize,
 )
-from kdsurgeon.tracing import Inputs, in_mode, logits_of
+from kdsurgeon.tracing import Inputs, in_mode, logits_of, move
 from kdsurgeon.training import (
     Batches,
     Epoch,
     Moment,
     Objective,
     Step,
+    StopWaiting,
     TrainingState,
+    Trouble,
+    compiled,
+    determinism,
     start,
     train,
+    until,
 )
 
 
@@ -63,10 +70,20 @@ def distill(
         UsageError: models, plan and recipe do not fit together.
         NumericsError: the teacher is near chance on ``validation``, or a step is not finite.
     """
+    _check_kind("plan", plan, Plan, "kdsurgeon.partition(teacher, student, example)")
+    _check_kind("recipe", recipe, Recipe, "kdsurgeon.Recipe(epochs=30)")
     ready = prepare(
         teacher, student, batches, plan=plan, recipe=recipe or Recipe(), validation=validation
     )
     return ready.epochs()
+
+
+def _check_kind(name: str, value: Any, kind: type, example: str) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise UsageError(
+            f"the {name} is of type {type(value).__name__}, not a {kind.__name__}.",
+            fix=f"make one: {example}",
+        )
 
 
 @dataclass(frozen=True)
@@ -80,10 +97,11 @@ class Distillation:
     recipe: Recipe
     validation: Batches | None
     teacher_accuracy: float | None
+    notes: tuple[str, ...] = ()
 
     @property
     def student(self) -> nn.Module:
-        return self.model.student if isinstance(self.model, SteppingStones) else self.model
+        return student_of(self.model)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -91,9 +109,7 @@ class Distillation:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Put a checkpoint's weights into student and adapters."""
-        self.student.load_state_dict(checkpoint.tensors["student"])
-        if isinstance(self.model, SteppingStones):
-            self.model.adapters.load_state_dict(checkpoint.tensors.get("adapters", {}))
+        load_weights(self.model, checkpoint)
 
     def epochs(
         self,
@@ -102,25 +118,67 @@ class Distillation:
         card: ModelCard | None = None,
         stop: Callable[[], bool] = lambda: False,
         watch: Callable[[Step], None] = lambda _: None,
+        report: Callable[[Trouble], None] = lambda _: None,
+        allow_change: Collection[str] = (),
     ) -> Iterator[Epoch]:
-        """Train, evaluate and keep, epoch by epoch; goes on from the run's newest checkpoint."""
-        state = start(self.model, self.recipe)
+        """Train, evaluate and keep, epoch by epoch; goes on from the run's newest checkpoint.
+
+        Args:
+            run: the folder to keep everything in; nothing is kept without one.
+            stop: asked after every update and batch of evaluation; a
+                :class:`kdsurgeon.training.Stop` also ends waits for data.
+            watch, report: told about every update, and about those that failed.
+            allow_change: what may be another than in the checkpoint: threads, torch, device.
+
+        Raises:
+            UsageError: something else changed since the checkpoint was saved; names it.
+            NumericsError, ResourceError: as :func:`kdsurgeon.training.train`.
+        """
+        state = start(self.model, self.recipe, averaged=self.student)
+        kept = None
         if run is not None:
-            _resume(self, state, run)
-        for epoch in train(
-            self.model,
-            self.objective,
-            self.batches,
-            self.recipe,
-            state=state,
-            stop=stop,
-            watch=watch,
-        ):
-            if self.validation is not None and epoch.is_complete:
-                epoch = replace(epoch, accuracy=accuracy(self.student, self.validation))
-            if run is not None:
-                _keep(self, state, epoch, run, card or ModelCard())
-            yield epoch
+            kept = Keeper(run, self.model, state, self.recipe, card or ModelCard())
+            kept.begin(allow_change)
+
+        def watched(step: Step) -> None:
+            if kept is not None:
+                kept.step(step)
+            watch(step)
+
+        def reported(trouble: Trouble) -> None:
+            if kept is not None:
+                kept.trouble(trouble)
+            report(trouble)
+
+        with determinism(self.recipe.deterministic):
+            for epoch in train(
+                self.model,
+                self.objective,
+                self.batches,
+                self.recipe,
+                state=state,
+                stop=stop,
+                watch=watched,
+                finish=lambda epoch: self._measured(epoch, state, stop),
+                report=reported,
+            ):
+                if kept is not None:
+                    kept.epoch(epoch)
+                yield epoch
+
+    def _measured(self, epoch: Epoch, state: TrainingState, stop: Callable[[], bool]) -> Epoch:
+        """With the accuracies on held-out data; not complete when it was stopped meanwhile."""
+        if self.validation is None:
+            return epoch
+        try:
+            plain = accuracy(self.student, until(stop, self.validation))
+            if state.average is None:
+                return replace(epoch, accuracy=plain)
+            with state.average.in_place():
+                averaged = accuracy(self.student, until(stop, self.validation))
+            return replace(epoch, accuracy=plain, ema_accuracy=averaged)
+        except StopWaiting:
+            return replace(epoch, is_complete=False)
 
 
 def prepare(
@@ -152,12 +210,37 @@ def prepare(
                 why="a plan trains the very objects it was made from",
                 fix="make it from these two: kdsurgeon.partition(teacher, student, example)",
             )
+    if target.is_floating_point():  # a distance that needs class indices says so here
+        few = target.new_zeros(target.shape)
+        _distance(recipe)(few[None], few, target, recipe.loss.temperature)
     stones = synthesize(plan, depths=chosen_depths(plan, recipe), seed=recipe.seed)
     if recipe.loss.adapter_init == "least-squares" and stones.depths:
         device = next(student.parameters()).device
         fit_adapters(stones, plan, (_few(inputs, device, None) for inputs, _ in batches))
-    loss = objective(stones, plan, recipe)
-    return Distillation(stones, loss, plan, batches, recipe, validation, measured)
+    make = partial(objective, plan=plan, recipe=recipe)
+    loss, notes = _with_compile(stones, make, batches, recipe)
+    return Distillation(stones, loss, plan, batches, recipe, validation, measured, notes)
+
+
+def _with_compile(
+    model: nn.Module,
+    make: Callable[[Any], Objective],
+    batches: Batches,
+    recipe: Recipe,
+) -> tuple[Objective, tuple[str, ...]]:
+    """What ``make`` makes of the model, compiled where the recipe asks for it, and what to say."""
+    if not recipe.torch_compile:
+        return make(model), ()
+    device = next(model.parameters()).device
+    inputs, target = next(iter(batches))
+    inputs, target = move(inputs, device), target.to(device)
+
+    def trial(candidate: nn.Module) -> Tensor:
+        with torch.autocast(device.type, getattr(torch, recipe.amp_dtype), enabled=recipe.amp):
+            return make(candidate)(inputs, target, Moment(0.0, 0)).total
+
+    found, note = compiled(model, trial)
+    return make(found), (note,)
 
 
 def _few(inputs: Inputs, device: torch.device, count: int | None = 2) -> Inputs:
@@ -170,6 +253,12 @@ def _few(inputs: Inputs, device: torch.device, count: int | None = 2) -> Inputs:
 
 def _first_batch(batches: Batches) -> tuple[Inputs, Tensor]:
     """The inputs and labels of the first batch, if that is what the batches hold."""
+    if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
+        raise UsageError(
+            f"the batches, of type {type(batches).__name__}, cannot be gone through anew each "
+            "epoch.",
+            fix="give a DataLoader, or a list of (images, labels)",
+        )
     first: Any = next(iter(batches), None)
     pair = isinstance(first, tuple | list) and len(first) == 2
     if not pair or not _are_inputs(first[0]) or not isinstance(first[1], Tensor):
@@ -189,6 +278,13 @@ def _first_batch(batches: Batches) -> tuple[Inputs, Tensor]:
             fix="give normalised images of float32, and class indices of int64, one per image, or "
             "the shares of all classes (batch, classes)",
         )
+    sizes = {x.shape[:1] for x in ([inputs] if isinstance(inputs, Tensor) else inputs.values())}
+    if target.shape[:1] not in sizes:
+        raise UsageError(
+            f"a batch holds {len(target)} labels for inputs of another number of samples.",
+            given=", ".join("×".join(map(str, size)) or "one number" for size in sorted(sizes)),
+            fix="give one label for each sample",
+        )
     return inputs, target
 
 
@@ -206,15 +302,7 @@ def _dtypes(inputs: Inputs) -> str:
 
 def _check_labels(target: Tensor, classes: int, ignored: int | None) -> None:
     if target.is_floating_point():
-        shares = target.sum(-1)
-        if target.shape[-1] != classes or bool(
-            (target < 0).any() | ((shares - 1).abs() > 1e-3).any()
-        ):
-            raise UsageError(
-                f"the labels are shares of {target.shape[-1]} classes; the models have {classes}.",
-                why="each row must hold numbers of 0 or more that sum to 1",
-                fix="give class indices, or what mixup and cutmix make of them: (batch, classes)",
-            )
+        _check_shares(target, classes)
         return
     counted = target if ignored is None else target[target != ignored]
     if len(counted) and (counted.min() < 0 or counted.max() >= classes):
@@ -222,6 +310,26 @@ def _check_labels(target: Tensor, classes: int, ignored: int | None) -> None:
         raise UsageError(
             f"a label is {int(wrong)}; the models have {classes} classes, counted from 0.",
             fix="loss.ignore_index names the label of samples that are not to be counted",
+        )
+
+
+def _check_shares(target: Tensor, classes: int) -> None:
+    fix = "give class indices, or what mixup and cutmix make of them: (batch, classes)"
+    if target.shape[-1] != classes:
+        raise UsageError(
+            f"the labels are shares of {target.shape[-1]} classes; the models have {classes}.",
+            fix=fix,
+        )
+    sums = target.double().sum(-1)
+    # bfloat16 rounds each share by up to 0.2 %; and what is compared so finds NaN, too
+    right = (target >= 0).all(-1) & ((sums - 1).abs() < 0.01)
+    if not right.all():
+        row = int((~right).nonzero()[0])
+        raise UsageError(
+            f"the labels are no shares of {classes} classes: those of sample {row} sum to "
+            f"{sums[row]:.4g}, the least of them is {target[row].min():.4g}.",
+            why="each row must hold numbers of 0 or more that sum to 1",
+            fix=fix,
         )
 
 
@@ -239,15 +347,19 @@ def _alone(
     validation: Batches | None,
     teacher_accuracy: float | None,
 ) -> Distillation:
-    def loss(inputs: Inputs, target: Tensor, _: Moment) -> Losses:
-        return task_loss(
-            logits_of(model, inputs),
-            target,
-            label_smoothing=recipe.loss.label_smoothing,
-            ignore_index=recipe.loss.ignore_index,
-        )
+    def make(runner: nn.Module) -> Objective:
+        def loss(inputs: Inputs, target: Tensor, _: Moment) -> Losses:
+            return task_loss(
+                logits_of(runner, inputs),
+                target,
+                label_smoothing=recipe.loss.label_smoothing,
+                ignore_index=recipe.loss.ignore_index,
+            )
 
-    return Distillation(model, loss, None, batches, recipe, validation, teacher_accuracy)
+        return loss
+
+    loss, notes = _with_compile(model, make, batches, recipe)
+    return Distillation(model, loss, None, batches, recipe, validation, teacher_accuracy, notes)
 
 
 def check_teacher(teacher: nn.Module, validation: Batches) -> float:
@@ -273,8 +385,7 @@ def check_teacher(teacher: nn.Module, validation: Batches) -> float:
 
 def objective(stones: SteppingStones, plan: Plan, recipe: Recipe) -> Objective:
     """The recipe's loss of a batch, through the stones that are trained at that moment."""
-    numbers = recipe.loss
-    distance = plugins.load("distances", numbers.distance) if numbers.distance != "kl" else kl
+    numbers, distance = recipe.loss, _distance(recipe)
 
     def loss(inputs: Inputs, target: Tensor, moment: Moment) -> Losses:
         weights = stones_at(plan, recipe, moment.progress, moment.step)
@@ -297,14 +408,18 @@ def objective(stones: SteppingStones, plan: Plan, recipe: Recipe) -> Objective:
     return loss
 
 
+def _distance(recipe: Recipe) -> Distance:
+    name = recipe.loss.distance
+    return plugins.load("distances", name) if name != "kl" else kl
+
+
 def how_it_runs(recipe: Recipe, device: torch.device) -> str | None:
     """Which code computes the loss, and why not the fused kernel; None where there is no choice."""
     if device.type != "cuda" or recipe.method == "ce":
         return None
     if not recipe.loss.fused:
         return "operations of torch, as asked for"
-    distance = recipe.loss.distance
-    chosen = kl if distance == "kl" else plugins.load("distances", distance)
+    chosen = _distance(recipe)
     few = torch.zeros(1, 1, 2, device=device)
     reason = can_fuse(few, few[0], torch.zeros(1, dtype=torch.int64, device=device), chosen)
     return f"operations of torch: {reason}" if reason else "one kernel for all terms"
@@ -338,40 +453,3 @@ def formula(plan: Plan, recipe: Recipe) -> str:
 
 def _set_in_words(stones: str | tuple[int, ...]) -> str:
     return stones if isinstance(stones, str) else ", ".join(map(str, stones))
-
-
-def _resume(ready: Distillation, state: TrainingState, run: Run) -> None:
-    checkpoint, complaints = run.latest_checkpoint()
-    for complaint in complaints:
-        run.log(complaint)
-    if checkpoint is None:
-        _save(ready, state, run)  # whether the disk can take it shows before the first step
-        return
-    ready.load(checkpoint)
-    state.restore(checkpoint.state["training"], checkpoint.tensors["optimizer"])
-    kept = [line for line in run.metrics() if line["epoch"] <= state.epoch]
-    run.write("metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in kept))
-    run.log(f"resumed from {checkpoint.path.name}")
-
-
-def _keep(
-    ready: Distillation, state: TrainingState, epoch: Epoch, run: Run, card: ModelCard
-) -> None:
-    """Metrics, the plain student, and a checkpoint to go on from."""
-    student = ready.student
-    best = max((line["accuracy"] or 0.0 for line in run.metrics()), default=-1.0)
-    if epoch.is_complete:
-        numbers = {"epoch": epoch.number, **asdict(epoch)}
-        run.add_metrics({k: v for k, v in numbers.items() if k not in ("number", "is_complete")})
-        run.log(f"epoch {epoch.number}/{epoch.epochs} loss {epoch.losses['total']:.4f}")
-    save_model(student, run.path / "student" / "last.safetensors", card)
-    if epoch.is_complete and (epoch.accuracy or 0.0) > best:
-        save_model(student, run.path / "student" / "best.safetensors", card)
-    _save(ready, state, run)
-
-
-def _save(ready: Distillation, state: TrainingState, run: Run) -> None:
-    tensors = {"student": ready.student.state_dict(), "optimizer": state.tensors()}
-    if isinstance(ready.model, SteppingStones) and ready.depths:
-        tensors["adapters"] = ready.model.adapters.state_dict()
-    run.save_checkpoint(state.step, tensors, {"training": state.numbers()})

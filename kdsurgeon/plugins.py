@@ -8,7 +8,10 @@ kind           signature
 ``models``     ``build(name: str, **kwargs) -> nn.Module``, found as ``SOURCE/name``
 ``distances``  ``d(student, teacher, target, temperature) -> Tensor``, see ``losses.Distance``
 ``data``       ``read(path) -> (train images, train labels, test images, test labels, class
-               names)``, found as ``SOURCE:PATH``; uint8 (N, H, W, C) and int64 (N,) arrays
+               names)``, found as ``SOURCE:PATH``; uint8 (N, H, W, C) and int64 (N,) arrays. Images
+               may also be any sequence of image files as bytes or of Pillow's images, then
+               decoded as they are needed; ``name_of(row)`` on it says what messages call one,
+               ``groups`` (N,) which shard each lies in. The test part may be None twice.
 ``trackers``   ``open(folder, settings) -> Tracker``, see ``tracking.Tracker``
 =============  =====================================================================
 

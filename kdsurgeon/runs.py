@@ -1,12 +1,13 @@
 """The run folder: whole checkpoints or none, a student that always loads, a record of what ran.
 
-    config.yaml  plan.yaml  run.json  metrics.jsonl  train.log
+    config.yaml  plan.yaml  run.json  metrics.jsonl  train.log  MANIFEST.json (when it has ended)
     checkpoints/step-000123/{student,adapters,optimizer}.safetensors state.json MANIFEST.json
     student/{last,best}.safetensors
 
-A checkpoint is built in a temporary folder beside its final name, every file flushed, then renamed;
-its manifest lists size and sha256 of each file, so a damaged one is noticed and the one before is
-used instead. Nothing in it is a pickle.
+A checkpoint is built in a draft folder beside its final name; every file, then the draft, is
+flushed; then it is renamed and the folder above is flushed. What it replaces goes only after the
+new one was read back. A manifest lists size and sha256 of each file and seals itself, so a changed
+byte is noticed and the checkpoint before is used instead. Nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,29 +32,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdsurgeon.checkpoints import read_tensors, write_tensors, write_whole
-from kdsurgeon.errors import ModelFileError, ResourceError, SurgeonError, UsageError
+from kdsurgeon.checkpoints import read_sealed, write_tensors, write_whole
+from kdsurgeon.checkpoints.disk import (
+    append,
+    flush_file,
+    flush_folder,
+    free_space,
+    in_words,
+    is_full,
+    make_folder,
+    read_once,
+)
+from kdsurgeon.checkpoints.store import parse
+from kdsurgeon.errors import ModelFileError, ResourceError, UsageError
 
 KEPT_CHECKPOINTS = 2
 MANIFEST = "MANIFEST.json"
+MANIFEST_VERSION = 2
+_NAME = re.compile(r"step-(\d{6,})(\.old)?")
 _RECORDED_PACKAGES = ("kdsurgeon", "torch", "numpy", "onnx", "onnxruntime", "safetensors")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on: tensors by file, numbers, and where they stood."""
+    """What a run needs to go on: tensors by file, numbers, and where they stood.
+
+    ``facts`` is what its manifest says beside the files: step, number, is_best, metrics.
+    """
 
     path: Path
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Run:
-    """One run folder, held by this process until :meth:`close`."""
+    """One run folder, held by this process until :meth:`close`.
+
+    Of its checkpoints stay the newest two, the newest that was saved as the best, every
+    ``keep_every``-th (0: none), and the one that this process went on from.
+    """
 
     path: Path
-    _lock: Any = field(repr=False)
+    _lock: int | None = field(repr=False)
+    keep_every: int = 0
+    _origin: Path | None = field(default=None, repr=False)
 
     @classmethod
     def create(cls, path: str | Path) -> Run:
@@ -76,31 +102,34 @@ class Run:
     def _open(cls, path: Path) -> Run:
         try:
             for folder in (path / "checkpoints", path / "student"):
-                folder.mkdir(parents=True, exist_ok=True)
-            lock = (path / ".lock").open("a+")
+                make_folder(folder)
+            lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise _cannot_write(path, error) from error
+        run = cls(path, lock)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _hold(lock, path)
+            run._tidy()
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _tidy(self) -> None:
+        """Remove what a killed process left half-written, and the seal: the run goes on."""
+        try:
+            for stale in _drafts(self.path):
+                _remove(stale)
+            if (self.path / MANIFEST).exists():
+                (self.path / MANIFEST).unlink()
+                flush_folder(self.path)
         except OSError as error:
-            lock.seek(0)
-            owner = lock.read().strip() or "unknown"
-            lock.close()
-            raise ResourceError(
-                f"{path} is in use by another run.",
-                where=f"process {owner}",
-                fix="wait until it ends, or name another --output",
-            ) from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        for stale in (path / "checkpoints").glob(".tmp-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        return cls(path, lock)
+            raise _cannot_write(self.path, error) from error
 
     def close(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> Run:
         return self
@@ -116,62 +145,228 @@ class Run:
 
     def log(self, line: str) -> None:
         """One line of train.log, with the time."""
-        self._append("train.log", f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
+        append(self.path / "train.log", f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
 
     def add_metrics(self, numbers: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl."""
-        self._append("metrics.jsonl", json.dumps(numbers) + "\n")
+        """One line of metrics.jsonl; on disk for good when a checkpoint is saved after it."""
+        append(self.path / "metrics.jsonl", json.dumps(numbers) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl."""
         return read_metrics(self.path)
 
-    def _append(self, name: str, text: str) -> None:
+    def rewind(self, checkpoint: Checkpoint) -> None:
+        """Make metrics.jsonl what it was when ``checkpoint`` was saved: later lines come again.
+
+        Raises :class:`ModelFileError` when lines from before it are missing or changed.
+        """
+        path, wanted = self.path / "metrics.jsonl", checkpoint.facts["metrics"]
         try:
-            with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(text)
+            raw = path.read_bytes() if path.exists() else b""
         except OSError as error:
-            raise _cannot_write(self.path / name, error) from error
+            raise _cannot_read(path, error) from error
+        kept = raw[: wanted["bytes"]]
+        if _described(kept) != wanted:
+            raise ModelFileError(
+                f"{path} is damaged: it is not what it was when {checkpoint.path.name} was saved.",
+                why=f"{len(raw):,} bytes, {wanted['bytes']:,} then",
+                fix="put it back as it was, or start a new run with another --output",
+            )
+        if kept != raw:
+            write_whole(path, [kept])
+
+    def seal(self) -> None:
+        """List size and sha256 of every file, for :func:`verify`, when the run has ended.
+
+        What is exported later goes into ``export/``, which is left out. Opening the run to go on
+        with it breaks the seal.
+        """
+        files = {name: _described_file(self.path / name) for name in _listed(self.path)}
+        write_whole(self.path / MANIFEST, [_manifest({"kind": "run"}, files)])
 
     # checkpoints ─────────────────────────────────────────────────────────────────────────────────
 
     def save_checkpoint(
-        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        *,
+        best: bool = False,
     ) -> Path:
-        """Write ``checkpoints/step-NNNNNN``, check it by reading it back, then prune older ones."""
+        """Write ``checkpoints/step-NNNNNN``, check it by reading it back, then prune older ones.
+
+        Args:
+            step: optimiser steps taken; one of the same step is replaced.
+            tensors: by file (``student`` becomes ``student.safetensors``) and name.
+            state: what JSON can hold.
+            best: no checkpoint before was better; it stays until a better one comes.
+
+        Raises:
+            ResourceError: it cannot be written; every checkpoint that was there still is, but
+                those that a full disk made us give up (never the newest, nor the best).
+        """
         final = self.path / "checkpoints" / f"step-{step:06d}"
+        facts = {
+            "kind": "checkpoint",
+            "step": step,
+            "number": self._next_number(step),
+            "is_best": best,
+            "metrics": self._flushed_metrics(),
+        }
+        writers: dict[str, Callable[[Path], Any]] = {
+            f"{name}.safetensors": partial(write_tensors, dict(values))
+            for name, values in tensors.items()
+        }
+        text = json.dumps(state, indent=1).encode()
+        writers["state.json"] = partial(write_whole, chunks=[text])
+        try:
+            self._write(final, writers, facts)
+        except ResourceError as error:
+            dropped = self._prune(final, kept=1) if is_full(error) else []
+            if not dropped:
+                raise self._told(error, tensors) from error
+            try:
+                self._write(final, writers, facts)
+            except ResourceError as again:
+                raise self._told(again, tensors) from again
+            self.log(f"disk full: {', '.join(dropped)} made room for {final.name}")
+        self._read_back(final)
+        self._prune(final)
+        if facts["number"] <= 1:  # the second is larger: the optimiser has begun to remember
+            self._check_room(final, is_first=facts["number"] == 0)
+        return final
+
+    def _write(
+        self, final: Path, writers: Mapping[str, Callable[[Path], Any]], facts: Mapping[str, Any]
+    ) -> None:
+        """A checkpoint under its final name and on disk, or nothing of it."""
         draft = final.with_name(f".tmp-{os.getpid()}-{final.name}")
+        name = MANIFEST
         try:
             draft.mkdir()
-            for name, values in tensors.items():
-                write_tensors(dict(values), draft / f"{name}.safetensors")
-            write_whole(draft / "state.json", [json.dumps(state, indent=1).encode()])
-            write_whole(draft / MANIFEST, [json.dumps(_manifest(draft), indent=1).encode()])
-            if final.exists():
-                shutil.rmtree(final)
-            draft.rename(final)
-            _flush_folder(final.parent)
-        except OSError as error:
-            raise _cannot_write(final, error) from error
-        finally:
+            for name, write in writers.items():
+                write(draft / name)
+            files = {name: _described_file(draft / name) for name in writers}
+            name = MANIFEST
+            write_whole(draft / name, [_manifest(facts, files)])
+            name = ""
+            flush_folder(draft)
+            _publish(draft, final)
+        except (OSError, ResourceError) as error:
             shutil.rmtree(draft, ignore_errors=True)
-        read_checkpoint(final)
-        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old, ignore_errors=True)
-        return final
+            cause = error if isinstance(error, OSError) else error.__cause__
+            assert isinstance(cause, OSError), "the disk refuses with an OSError only"
+            raise _cannot_write(final / name, cause) from cause
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+    def _told(
+        self, error: ResourceError, tensors: Mapping[str, Mapping[str, Tensor]]
+    ) -> ResourceError:
+        """The same, with what is needed and what is still there."""
+        needs = sum(each.nbytes for values in tensors.values() for each in values.values())
+        whole = self._checkpoints()[-1:]
+        if is_full(error):
+            free = in_words(free_space(self.path))
+            error.notes["room"] = f"the checkpoint needs {in_words(needs)}, {free} are free"
+        error.notes["kept"] = f"{whole[0].name} is intact" if whole else ""
+        return ResourceError(error.what, **error.notes)
+
+    def _read_back(self, final: Path) -> None:
+        try:
+            verify(final)
+        except ModelFileError as error:
+            raise ResourceError(
+                f"{final} does not hold what was written to it: {error.what}",
+                why="the disk or the memory of this machine is at fault",
+                fix="resume with another --output on another disk; the checkpoint before is used",
+            ) from error
+
+    def _check_room(self, saved: Path, *, is_first: bool) -> None:
+        """Whether the checkpoints that will stay, and the one being written, fit on the disk.
+
+        Raises :class:`ResourceError` before hours are spent; later, a line of the log must do.
+        """
+        size = sum(file.stat().st_size for file in saved.iterdir())
+        free, count = free_space(self.path), KEPT_CHECKPOINTS + 1
+        if free >= count * size:
+            return
+        why = f"a checkpoint takes {in_words(size)} and {count} must fit; {in_words(free)} are free"
+        self.log(f"too little room: {why}")
+        if is_first:
+            raise ResourceError(
+                f"{self.path} has too little room for a run.",
+                why=why,
+                fix="free some space on that disk, or name another --output",
+            )
+
+    def _flushed_metrics(self) -> dict[str, Any]:
+        """The lines so far, brought to the disk: a checkpoint must not be ahead of them."""
+        path = self.path / "metrics.jsonl"
+        try:
+            if not path.exists():
+                return _described(b"")
+            flush_file(path)
+            return _described_file(path)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+    def _next_number(self, step: int) -> int:
+        """How many checkpoints the run had saved before one of ``step``."""
+        facts = [_facts(path) for path in self._checkpoints() if _key(path)[0] < step]
+        return max((found["number"] + 1 for found in facts if found), default=0)
+
+    def _prune(self, newest: Path, kept: int = KEPT_CHECKPOINTS) -> list[str]:
+        """Remove what need not stay beside ``newest``, oldest first; the names of what is gone."""
+        here = self._checkpoints()
+        later = [path for path in here if _key(path) > _key(newest)]
+        twins = [path for path in here if path.suffix and path.with_suffix("") in here]
+        found = [path for path in here if path not in (*later, *twins)]
+        facts = {path: _facts(path) for path in found}
+        unread = [path for path, known in facts.items() if known is None]
+        best = [path for path, known in facts.items() if known and known["is_best"]]
+        every = [path for path, known in facts.items() if known and self._is_nth(known["number"])]
+        stays = {*found[-kept:], *best[-1:], *unread, self._origin}
+        if kept == KEPT_CHECKPOINTS:
+            stays.update(every)
+        # the run went back before later ones, which are damaged
+        gone = [*twins, *found] if self._origin is None else [*later, *twins, *found]
+        return [path.name for path in gone if path not in stays and self._drop(path)]
+
+    def _is_nth(self, number: int) -> bool:
+        return bool(self.keep_every and number) and number % self.keep_every == 0
+
+    def _drop(self, path: Path) -> bool:
+        """Remove a checkpoint, at once as others see it."""
+        try:
+            gone = path.with_name(f".tmp-{os.getpid()}-old-{path.name}")
+            path.rename(gone)
+            shutil.rmtree(gone)
+        except OSError as error:
+            self.log(f"{path.name} could not be removed: {error.strerror}")
+            return False
+        return True
 
     def latest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole, and what was wrong with newer ones.
 
-        Raises :class:`ModelFileError` when there are checkpoints and none is whole.
+        Raises:
+            ModelFileError: there are checkpoints and none is whole.
+            ResourceError: one may not be read, or does not fit into memory; it may be whole.
         """
         found = self._checkpoints()
         complaints = []
         for path in reversed(found):
             try:
-                return read_checkpoint(path), complaints
-            except SurgeonError as error:
+                checkpoint = read_checkpoint(path)
+            except ModelFileError as error:
                 complaints.append(f"{path.name} is damaged: {error.what}")
+                continue
+            if self._lock is not None and self._origin is None:
+                self._origin = path
+            return checkpoint, complaints
         if found:
             raise ModelFileError(
                 f"{self.path} has no checkpoint that is whole.", why="\n".join(complaints)
@@ -179,7 +374,9 @@ class Run:
         return None, complaints
 
     def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("step-*"))
+        """From the oldest to the newest; one that is being replaced stands before its successor."""
+        folder = self.path / "checkpoints"
+        return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)), key=_key)
 
 
 def check_is_free(path: str | Path) -> None:
@@ -188,6 +385,12 @@ def check_is_free(path: str | Path) -> None:
         raise UsageError(
             f"{path} already holds a run.",
             fix=f"go on with it: kdsurgeon distill --resume {path}\nor name another --output",
+        )
+    if any(Path(path).glob("checkpoints/step-*")):
+        raise UsageError(
+            f"{path} holds checkpoints of a run without its config.yaml.",
+            why="a new run would go on from them",
+            fix="put config.yaml back, or name another --output",
         )
 
 
@@ -210,67 +413,235 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint folder whose every file has the size and sha256 of its manifest."""
-    verify(path)
-    tensors = {file.stem: read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(path, tensors, json.loads((path / "state.json").read_text(encoding="utf-8")))
+    """A checkpoint folder whose every file has the size and sha256 of its manifest.
+
+    What is compared are the bytes that are loaded; nothing is read twice.
+
+    Raises:
+        ModelFileError: a file is missing, changed or not listed.
+        ResourceError: a file may not be read, or does not fit into memory.
+    """
+    facts, files = _read_manifest(path)
+    step = _NAME.fullmatch(path.name)
+    is_ours = facts.get("kind") == "checkpoint" and "state.json" in files
+    if not is_ours or (step and int(step[1]) != facts.get("step")):
+        raise ModelFileError(f"{path}/{MANIFEST} is that of another folder.")
+    raws: dict[str, bytes] = {}
+
+    def described(file: Path) -> dict[str, Any]:
+        try:
+            raws[file.name] = read_once(file)
+        except ResourceError as error:
+            if isinstance(error.__cause__, OSError):
+                raise _cannot_read(file, error.__cause__) from error
+            raise
+        return _described(raws[file.name])
+
+    _compare(path, files, described)
+    tensors = {
+        name.removesuffix(".safetensors"): parse(raw, str(path / name))[0]
+        for name, raw in sorted(raws.items())
+        if name.endswith(".safetensors")
+    }
+    return Checkpoint(path, tensors, json.loads(raws["state.json"]), facts)
 
 
 def verify(folder: str | Path) -> int:
-    """Compare a folder with its MANIFEST.json; the number of files that agree.
+    """Compare a checkpoint, or a run that has ended, with its MANIFEST.json; the files that agree.
 
     Raises:
         ModelFileError: no manifest, or a file is missing, changed or not listed.
     """
     folder = Path(folder)
+    _, files = _read_manifest(folder)
+    _compare(folder, files, _described_file)
+    return len(files)
+
+
+def verify_run(folder: str | Path) -> list[str]:
+    """Verify everything of a run that carries a seal; one line for each part that is whole.
+
+    These are its checkpoints, its student files and, when it has ended, every other file.
+
+    Raises:
+        ModelFileError: as :func:`verify`.
+    """
+    folder = Path(folder)
+    parts = sorted(folder.glob("checkpoints/step-*"), key=_key)
+    lines = [f"{part}: {verify(part)} files are what was written" for part in parts]
+    for student in sorted(folder.glob("student/*.safetensors")):
+        read_sealed(student)
+        lines.append(f"{student}: what was written")
+    if (folder / MANIFEST).exists() or not lines:
+        lines.append(f"{folder}: all {verify(folder)} files are as they were when the run ended")
+    else:
+        lines.append(f"{folder}: the run has not ended, so its other files carry no seal")
+    return lines
+
+
+# manifests ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _manifest(facts: Mapping[str, Any], files: Mapping[str, Any]) -> bytes:
+    """The text of a manifest; its last entry seals the others."""
+    body = {"version": MANIFEST_VERSION, **facts, "files": files}
+    return _as_json({**body, "seal": hashlib.sha256(_as_json(body)).hexdigest()})
+
+
+def _as_json(value: Any) -> bytes:
+    return json.dumps(value, indent=1).encode()
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Facts and files of a manifest, no byte of which has changed."""
+    path = folder / MANIFEST
     try:
-        wanted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        found = _manifest(folder)["files"]
+        raw = path.read_bytes()
+        body = json.loads(raw)
+        known, files = body.pop("version"), body.pop("files")
+        body.pop("seal")
     except FileNotFoundError as error:
         raise ModelFileError(f"{folder} has no {MANIFEST}.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelFileError(f"{folder}/{MANIFEST} cannot be read.", why=str(error)) from error
-    for name in sorted({*wanted, *found}):
-        if wanted.get(name) != found.get(name):
-            state = "missing" if name not in found else "changed" if name in wanted else "unlisted"
-            raise ModelFileError(f"{folder}: {name} is {state}.", fix="use an older checkpoint")
-    return len(wanted)
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelFileError(f"{path} cannot be read.", why=str(error)) from error
+    if known != MANIFEST_VERSION:
+        raise ModelFileError(
+            f"{path} is of version {known!s:.20}; this kdsurgeon reads {MANIFEST_VERSION}.",
+            fix="use the version of kdsurgeon that wrote it",
+        )
+    if raw != _manifest(body, files):
+        raise ModelFileError(f"{path} is changed.", fix="use an older checkpoint")
+    return body, files
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != MANIFEST)
-    return {
-        "version": 1,
-        "files": {
-            file.name: {
-                "bytes": file.stat().st_size,
-                "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-            }
-            for file in files
-        },
-    }
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _facts(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint's manifest says; nothing if it is damaged, None if it may be whole."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return _read_manifest(folder)[0]
+    except ModelFileError:
+        return {}
+    except ResourceError:
+        return None
+
+
+def _compare(
+    folder: Path, wanted: Mapping[str, Any], described: Callable[[Path], dict[str, Any]]
+) -> None:
+    """Raise if a file of ``folder`` is not as ``wanted`` says, or is not in there."""
+    there = _listed(folder)
+    for name in sorted({*wanted, *there}):
+        if name not in wanted:
+            state = "unlisted"
+        elif name not in there or not (folder / name).is_file():
+            state = "missing"
+        else:
+            try:
+                found = described(folder / name)
+            except OSError as error:
+                raise _cannot_read(folder / name, error) from error
+            if found == wanted[name]:
+                continue
+            state = "changed"
+        raise ModelFileError(f"{folder}: {name} is {state}.", fix="use an older checkpoint")
+
+
+def _listed(folder: Path) -> list[str]:
+    """The files that a manifest answers for: all but itself, the lock and later exports."""
+    names = [
+        file.relative_to(folder)
+        for file in folder.rglob("*")
+        if file.is_file() or file.is_symlink()
+    ]
+    return sorted(
+        name.as_posix()
+        for name in names
+        if name.as_posix() != MANIFEST and name.parts[0] not in (".lock", "export")
+    )
+
+
+def _described(raw: bytes) -> dict[str, Any]:
+    return {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+
+
+def _described_file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+# the disk ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _key(path: Path) -> tuple[int, bool]:
+    """The place of a checkpoint among others."""
+    found = _NAME.fullmatch(path.name)
+    return (int(found[1]), found[2] is None) if found else (-1, True)
+
+
+def _publish(draft: Path, final: Path) -> None:
+    """Give a draft its name; what has that name stays until prune, as an older checkpoint."""
+    if final.exists():
+        aside = final.with_name(f"{final.name}.old")
+        if aside.exists():
+            shutil.rmtree(aside)
+        final.rename(aside)
+    draft.rename(final)
+    flush_folder(final.parent)
+
+
+def _hold(lock: int, path: Path) -> None:
+    """Lock the run folder and leave our number in it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.pread(lock, 20, 0).decode(errors="replace").strip() or "unknown"
+        raise ResourceError(
+            f"{path} is in use by another run.",
+            where=f"process {owner}",
+            fix="wait until it ends, or name another --output",
+        ) from error
+    except OSError as error:
+        raise ResourceError(
+            f"{path} cannot be locked: {error.strerror}.", fix="name an --output on another disk"
+        ) from error
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+    except OSError as error:
+        raise _cannot_write(path / ".lock", error) from error
+
+
+def _drafts(path: Path) -> list[Path]:
+    """What a process that was killed while it wrote left in a run folder."""
+    folders = (path, path / "student", path / "checkpoints")
+    return [
+        *(draft for folder in folders for draft in folder.glob(".*.tmp")),
+        *(path / "checkpoints").glob(".tmp-*"),
+    ]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _cannot_write(path: Path, error: OSError) -> ResourceError:
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    free = shutil.disk_usage(_existing(path)).free / 1e6 if is_full else 0.0
     return ResourceError(
         f"{path} cannot be written: {error.strerror or error}.",
-        why=f"{free:,.0f} MB are free there" if is_full else None,
+        room=f"{in_words(free_space(path))} are free there" if is_full(error) else None,
         fix="name a folder with room that you may write to: --output FOLDER",
     )
 
 
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)
+def _cannot_read(path: Path, error: OSError) -> ModelFileError | ResourceError:
+    """Damage, if the disk itself fails; something to be mended, otherwise."""
+    if error.errno in (errno.EIO, errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.EUCLEAN):
+        return ModelFileError(f"{path} cannot be read.", why=error.strerror)
+    return ResourceError(f"{path} may not be read: {error.strerror}.", fix="check its permissions")
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:

@@ -47,6 +47,15 @@ class TaughtBatches:
     def start_at(self, batch: int) -> None:
         self.batches.start_at(batch)
 
+    def rows(self, batch: int) -> np.ndarray:
+        return self.batches.rows(batch)
+
+    def sample_ids(self, batch: int) -> list[str]:
+        return self.batches.sample_ids(batch)
+
+    def shard(self, rank: int, world: int) -> TaughtBatches:
+        return TaughtBatches(self.batches.shard(rank, world), self.table)
+
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         known = self.table[self.batches.view]
         for rows, images, target in self.batches.with_rows():
@@ -109,8 +118,8 @@ def _key(teacher: nn.Module, batches: Batches) -> dict[str, str | int]:
     """What the logits depend on, in the words of the refusal."""
     data = batches.dataset
     pixels = hashlib.sha256(repr((data.images.shape, data.mean, data.std, data.scale)).encode())
-    for rows in np.array_split(data.images, max(1, len(data) // 4096)):
-        pixels.update(np.ascontiguousarray(rows).data)
+    for first in range(0, len(data), 4096):
+        pixels.update(np.ascontiguousarray(data.images[first : first + 4096]).data)
     augmented = batches.augment != "none"
     return {
         "format": FORMAT,

@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -16,11 +18,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from kdsurgeon import partition
+from kdsurgeon import Recipe, distill, partition
 from kdsurgeon.checkpoints import load_model
 from kdsurgeon.cli import main
 from kdsurgeon.demo import build
-from kdsurgeon.errors import AlignmentError, PlanError, TraceError
+from kdsurgeon.errors import AlignmentError, ConfigError, PlanError, TraceError, UsageError
 from kdsurgeon.runs import Run, read_checkpoint, read_metrics
 
 DIGITS = ("--data-dir", "digits")
@@ -47,6 +49,7 @@ class Net(nn.Module):
         if self.kind == "two":
             return logits.reshape(2, 10)
         kinds = {"logits": logits, "dict": {"logits": logits}, "tuple": (logits, features)}
+        kinds |= {"features": {"features": features}, "maps": (features, features)}
         kinds |= {"map": features, "vector": logits.sum(-1), "class": logits.argmax(1)}
         return (kinds | {"nothing": None, "text": "cat"})[self.kind]
 
@@ -473,6 +476,7 @@ def test_control_characters_never_reach_the_terminal(refused):
     ("kind", "verb"),
     [
         *product(["map", "vector"], ["teacher", "student", "export", "eval"]),
+        *product(["features", "maps"], ["teacher", "student", "eval"]),
         *product(["dict", "tuple"], ["export"]),
         *product(["vector", "class", "nothing", "text"], ["inspect"]),
     ],
@@ -634,6 +638,7 @@ def test_a_teacher_near_chance_stops_the_run(refused):
 
 
 IMAGES = torch.zeros(2, 1, 8, 8)
+BATCHES = [(IMAGES, torch.tensor([3, 9]))]
 
 
 class TwoInputs(nn.Module):
@@ -754,6 +759,97 @@ def test_a_run_with_an_impossible_budget_is_refused(flags, what, refused):
 
 
 @pytest.mark.parametrize(
+    "loss, flags, what, fix",
+    [
+        ({"stones": [1, 9]}, [], "the plan has no stone of depth 9", "change loss.stones,"),
+        (
+            {"stone_schedule": [[0.5, [9]]]},
+            [],
+            "the plan has no stone of depth 9",
+            "change loss.stone_schedule,",
+        ),
+        ({"stones": "last-9"}, [], "loss.stones is last-9, but the plan has 4 ", "last-4 or fewer"),
+        (
+            {"stone_schedule": [[0.2, "last-1"], [0.5, "last-9"]]},
+            [],
+            "loss.stone_schedule is last-9, but the plan has 4 stones",
+            "last-4 or fewer",
+        ),
+        (
+            {"stones": "drop-first"},
+            ["--blocks", "1"],
+            "loss.stones is drop-first, but the plan has 1 stone of",
+            "last-1, or plan more blocks with --blocks",
+        ),
+    ],
+)
+def test_stones_that_the_plan_lacks_are_refused(loss, flags, what, fix, refused):
+    Path("run.yaml").write_text(json.dumps({"loss": loss}))
+    refused(["distill", *PAIR, *QUICK, "-c", "run.yaml", *flags, "-o", "new"], 2, what, fix)
+    ((key, value),) = loss.items()
+    setting = ["--set", f"loss.{key}={json.dumps(value)}"]
+    refused(["distill", *PAIR, *QUICK, *setting, *flags, "-o", "new"], 2, what, fix)
+    teacher, student = build("teacher"), build("student")
+    plan = partition(teacher, student, IMAGES, blocks=int(flags[1]) if flags else "auto")
+    with pytest.raises(PlanError) as error:
+        distill(teacher, student, BATCHES, plan=plan, recipe=Recipe(loss=loss))
+    assert what in str(error.value) and fix in str(error.value)
+
+
+@pytest.mark.parametrize("verb", ["partition", "distill"])
+@pytest.mark.parametrize(
+    "weight, what, fix",
+    [
+        ("0.0", "edited.yaml: every weight is 0", "or leave the plan out"),
+        ("-1", "edited.yaml: the weight of boundary 1 is -1", "0 or more, below 1,000,000"),
+        (".nan", "edited.yaml: the weight of boundary 1 is nan", "0 or more, below 1,000,000"),
+        (".inf", "edited.yaml: the weight of boundary 1 is inf", "0 or more, below 1,000,000"),
+        ("1e6", "edited.yaml: the weight of boundary 1 is 1000000.0", "below 1,000,000"),
+    ],
+)
+def test_weights_of_a_plan_that_cannot_be_meant_are_refused(verb, weight, what, fix, refused):
+    assert main(["partition", *PAIR, "-o", "plan.yaml"]) == 0
+    text, count = re.subn(r"weight: [\d.]+", f"weight: {weight}", Path("plan.yaml").read_text())
+    assert count == 4
+    Path("edited.yaml").write_text(text)
+    rest = {"partition": ["-o", "new.yaml"], "distill": [*QUICK, "-o", "new"]}[verb]
+    refused([verb, *PAIR, "--plan", "edited.yaml", *rest], 2, what, fix)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), "1", True, None])
+def test_a_stone_is_never_made_with_such_a_weight(weight):
+    plan = partition(build("teacher"), build("student"), IMAGES)
+    with pytest.raises(PlanError, match="the weight of boundary 2 is") as error:
+        replace(plan.stones[1], weight=weight)
+    assert "0 or more, below 1,000,000" in error.value.notes["fix"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+@pytest.mark.parametrize("key", ["ce_weight", "kd_weight", "cross_weight", "temperature"])
+def test_a_number_of_the_loss_that_cannot_be_meant_is_refused(key, value, refused):
+    flag = f"--{key.replace('_', '-')}"
+    must = f"loss.{key} must be a number "
+    arguments = ["distill", *PAIR, *QUICK, "-o", "new"]
+    refused([*arguments, flag, value], 2, flag, must)
+    written = value if value == "-1" else f".{value}"
+    refused([*arguments, "--set", f"loss.{key}={written}"], 2, must, f"not {written}")
+    Path("run.yaml").write_text(f"loss:\n  {key}: {written}\n")
+    refused([*arguments, "-c", "run.yaml"], 2, "run.yaml:2", must)
+    with pytest.raises(ConfigError, match=must):
+        Recipe(loss={key: float(value)})
+
+
+def test_a_distance_that_is_not_installed_is_refused_and_those_that_are_get_named(refused):
+    arguments = ["distill", *PAIR, *QUICK, "-o", "new", "--distance"]
+    words = ('no distance is called "absent"', "installed: dist, dkd, jsd, kl, lskd")
+    refused([*arguments, "absent"], 2, *words)
+    refused([*arguments, "lsdk"], 2, 'no distance is called "lsdk"', 'did you mean "lskd"?')
+    with pytest.raises(ConfigError) as error:
+        Recipe(loss={"distance": "absent"})
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
     "old, new, what, fix",
     [
         ("plan: 2", "plan: 1", "is a plan of version 1; this reads 2", "make a new plan"),
@@ -813,6 +909,108 @@ def test_a_plan_edited_by_mistake_is_refused(old, new, what, fix, refused):
     plan.write_text(plan.read_text().replace(old, new, 1))
     text = refused(["partition", *PAIR, "--plan", "plan.yaml"], 2, what, fix)
     assert "fix:" in text
+
+
+SHARES = torch.full((2, 10), 0.1)
+HALF = SHARES.clone()
+HALF[1, 3] = 0.6
+BELOW = torch.eye(10)[:2] * 1.2 - 0.02
+HOLE = SHARES.clone()
+HOLE[1, 3] = float("nan")
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "block-kd"])
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        (SHARES[:, :7], ("shares of 7 classes; the models have 10", "(batch, classes)")),
+        (HALF, ("shares of 10 classes: those of sample 1 sum to 1.5", "0 or more that sum to 1")),
+        (BELOW, ("those of sample 0 sum to 1, the least of them is -0.02", "class indices")),
+        (HOLE, ("those of sample 1 sum to nan", "0 or more that sum to 1")),
+        (SHARES[:1], ("holds 1 labels for inputs of another number", "one label for each sample")),
+        (torch.tensor([1]), ("holds 1 labels for inputs of another number", "given: 2")),
+        (torch.tensor([1, 10]), ("a label is 10; the models have 10 classes", "ignore_index")),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused_before_the_first_step(labels, words, method):
+    with pytest.raises(UsageError) as error:
+        recipe = Recipe(method=method)
+        distill(build("teacher"), build("student"), [(IMAGES, labels)], recipe=recipe)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_shares_may_be_rounded_as_bfloat16_rounds_them():
+    shares = torch.zeros(2, 10)
+    shares[:, 0], shares[:, 1] = 0.9, 0.1
+    rounded = shares.bfloat16().float()
+    assert (rounded.sum(1) - 1).abs().max() > 1e-3
+    epochs = distill(
+        build("teacher"), build("student"), [(IMAGES, rounded)], recipe=Recipe(epochs=1)
+    )
+    assert len(list(epochs)) == 1
+
+
+def test_a_distance_that_needs_class_indices_says_so_before_the_first_step():
+    recipe = Recipe(loss={"distance": "dkd"})
+    with pytest.raises(UsageError, match="dkd needs the right class") as error:
+        distill(build("teacher"), build("student"), [(IMAGES, SHARES)], recipe=recipe)
+    assert "--distance kl" in error.value.notes["fix"]
+
+
+class Answers(nn.Module):
+    """Ten logits, or what ``answer`` makes of them and of the map before them."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        places = self.stem(x)
+        return self.answer(self.head(places.mean((2, 3))), places)
+
+
+@pytest.mark.parametrize("method", ["kd", "block-kd"])
+@pytest.mark.parametrize("side", ["teacher", "student"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda logits, places: places,
+        lambda logits, places: {"features": places},
+        lambda logits, places: {"class": logits.argmax(1)},
+        lambda logits, places: (places, logits),
+        lambda logits, places: (places, places),
+        lambda logits, places: (),
+        lambda logits, places: logits[:, None].expand(-1, 3, -1),
+        lambda logits, places: logits.sum(),
+        lambda logits, places: None,
+    ],
+)
+def test_what_is_no_logits_is_refused_before_the_first_step(answer, side, method):
+    pair = {"teacher": build("teacher"), "student": build("student")}
+    pair[side] = Answers(answer)
+    with pytest.raises(UsageError) as error:
+        distill(**pair, batches=BATCHES, recipe=Recipe(method=method))
+    words = (f"{side} does not return one tensor of logits", "returned:", "wrap it in a module")
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"recipe": {"epochs": 1}}, ("the recipe is of type dict", "kdsurgeon.Recipe(")),
+        ({"plan": "plan.yaml"}, ("the plan is of type str", "kdsurgeon.partition(")),
+        ({"batches": iter(BATCHES)}, ("type list_iterator, cannot", "give a DataLoader")),
+        ({"batches": 3}, ("type int, cannot be gone through", "give a DataLoader")),
+        ({"teacher": "teacher.pt"}, ("teacher is of type str, not a torch.nn.Module",)),
+    ],
+)
+def test_arguments_of_another_type_are_refused(given, words):
+    rest = {"teacher": build("teacher"), "student": build("student"), "batches": BATCHES}
+    with pytest.raises(UsageError) as error:
+        distill(**rest | given)
+    assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_boundaries_of_a_plan_in_another_order_cross(refused):
@@ -928,7 +1126,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(r
 
 def test_weights_that_are_not_finite_stop_the_run_at_its_first_step(refused):
     arguments = ["distill", "teacher.pt", "py:nets.py:broken", *QUICK, "-o", "new"]
-    refused(arguments, 5, "step 1: the loss is nan", "epoch 1, batch 1", writes=True)
+    told = "after step 0 the model holds weights that are not finite; nothing was saved"
+    refused(arguments, 5, told, "student.stem.0.weight", writes=True)
     assert read_metrics(Path("new")) == []
 
 
@@ -1015,17 +1214,40 @@ def test_only_a_run_is_resumed(refused):
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--epochs", "9"], "epochs"),
-        (["--no-amp"], "amp"),
         (["--dry-run"], "dry-run"),
-        (["--set", "epochs=9"], "set"),
+        (["-o", "new"], "output"),
         (["-c", "run.yaml"], "config"),
         (["teacher.pt"], "teacher"),
     ],
 )
-def test_a_resumed_run_takes_no_other_settings(run, flags, named, refused):
+def test_a_resumed_run_is_the_one_in_its_folder(run, flags, named, refused):
     arguments = ["distill", *flags, "--resume", run]
     refused(arguments, 2, f"it does not take {named}.", "start a new run with another --output")
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--epochs", "1"], "epochs was 2, is 1"),
+        (["--amp"], "amp was False, is True"),
+        (["--set", "optim.lr=0.5", "--seed", "7"], "optim.lr was 0.001, is 0.5, seed was 0, is 7"),
+        (["--threads", "2"], "threads was 1, is 2"),
+        (["--model-ema"], "optim.model_ema was False, is True"),
+    ],
+)
+def test_a_resumed_run_takes_no_setting_that_its_bits_depend_on(run, flags, named, refused):
+    before = torch.get_num_threads()
+    try:
+        arguments = ["distill", "--resume", run, *flags]
+        refused(arguments, 2, f"would not be the same: {named}.", "another --output")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("flags", [["--allow-change", "lr"], ["--allow-change", "thread,torch"]])
+def test_only_threads_torch_world_size_and_device_can_be_allowed_to_change(run, flags, refused):
+    refused(["distill", "--resume", run, *flags], 2, "names nothing that", "choose from threads")
+    refused(["distill", *PAIR, *DIGITS, *flags], 2, "--allow-change is for a run that goes on")
 
 
 def test_a_run_is_not_resumed_with_another_teacher(run, refused):
@@ -1042,7 +1264,7 @@ def test_a_run_is_not_resumed_with_another_teacher(run, refused):
 @pytest.mark.parametrize(
     "name, old, new, what",
     [
-        ("config.yaml", "epochs: 2", "epochs: 3", "the recipe of this run changed"),
+        ("config.yaml", "epochs: 2", "epochs: 1", "epochs was 2, is 1"),
         ("plan.yaml", "weight: 0.5", "weight: 0.75", "the plan of this run changed"),
         ("run.json", '"data": "', '"data": "0', "the data of this run changed"),
         ("run.json", '"threads": ', '"threads": 9999', "--threads 99,99"),

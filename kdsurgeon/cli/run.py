@@ -21,7 +21,11 @@ _KEYS = {
     "data_dir": "data_dir", "teacher_arch": "teacher_arch", "student_arch": "student_arch",
     "output": "output", "plan": "plan", "method": "method", "epochs": "epochs",
     "batch_size": "batch_size", "seed": "seed", "device": "device", "threads": "threads",
-    "amp": "amp", "amp_dtype": "amp_dtype",
+    "amp": "amp", "amp_dtype": "amp_dtype", "compile": "torch_compile",
+    "channels_last": "channels_last", "deterministic": "deterministic",
+    "checkpoint_every": "checkpoint_every", "model_ema": "optim.model_ema",
+    "model_ema_decay": "optim.model_ema_decay", "skip_nan": "optim.skip_nan",
+    "auto_batch": "optim.auto_batch", "auto_batch_norm": "optim.auto_batch_norm",
     "lr": "optim.lr", "opt": "optim.opt", "sched": "optim.sched", "momentum": "optim.momentum",
     "weight_decay": "optim.weight_decay", "warmup_epochs": "optim.warmup_epochs",
     "min_lr": "optim.min_lr", "clip_grad": "optim.clip_grad",
@@ -30,7 +34,10 @@ _KEYS = {
     "ce_weight": "loss.ce_weight", "cross_weight": "loss.cross_weight",
     "cross_start": "loss.cross_start", "distance": "loss.distance",
     "smoothing": "loss.label_smoothing",
-    "augment": "data.augment", "val_split": "data.val_split",
+    "augment": "data.augment", "val_split": "data.val_split", "aa": "data.aa",
+    "reprob": "data.reprob", "cutout": "data.cutout", "crop_pct": "data.crop_pct",
+    "interpolation": "data.interpolation", "classes": "data.classes", "workers": "data.workers",
+    "data_device": "data.data_device",
     "max_bad_images": "data.max_bad_images", "teacher_views": "data.teacher_views",
     "teacher_cache": "teacher_cache", "fused": "loss.fused", "log_interval": "log_interval",
 }  # fmt: skip
@@ -64,8 +71,8 @@ def distill(
     epochs: Annotated[int | None, typer.Option()] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", "-b")] = None,
     lr: Annotated[float | None, typer.Option(help="peak learning rate")] = None,
-    opt: Annotated[str | None, typer.Option(help="adamw or sgd")] = None,
-    sched: Annotated[str | None, typer.Option(help="cosine, step or constant")] = None,
+    opt: Annotated[str | None, typer.Option(help="adamw, sgd, or timm's, as lamb")] = None,
+    sched: Annotated[str | None, typer.Option(help="cosine, step, onecycle or constant")] = None,
     warmup_epochs: Annotated[float | None, typer.Option()] = None,
     min_lr: Annotated[float | None, typer.Option()] = None,
     decay_rate: Annotated[float | None, typer.Option(help="of --sched step")] = None,
@@ -91,7 +98,28 @@ def distill(
         str | None, typer.Option(metavar="FILE", help="keep the teacher's answers for other runs")
     ] = None,
     smoothing: Annotated[float | None, typer.Option(help="label smoothing")] = None,
-    augment: Annotated[str | None, typer.Option(help="auto, none, shift, shift-flip")] = None,
+    augment: Annotated[
+        str | None, typer.Option(help="auto, none, shift, shift-flip, crop-flip")
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option(metavar="LEAST,MOST", help="share of the area that crop takes")
+    ] = None,
+    aa: Annotated[str | None, typer.Option(help="rand, rand-m9-n2: RandAugment")] = None,
+    reprob: Annotated[float | None, typer.Option(help="random erasing: its probability")] = None,
+    cutout: Annotated[int | None, typer.Option(help="side of a square to erase")] = None,
+    crop_pct: Annotated[
+        float | None, typer.Option(help="share of each side kept of images to validate")
+    ] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="bilinear, bicubic or nearest, for resizing")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="FILE", help="classes to learn, one per line")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="processes that read images")] = None,
+    data_device: Annotated[
+        str | None, typer.Option(help="auto, cpu, device: where images are augmented")
+    ] = None,
     val_split: Annotated[float | None, typer.Option(help="held out, without a split")] = None,
     max_bad_images: Annotated[int | None, typer.Option(help="unreadable images to allow")] = None,
     mean: flags.Mean = None,
@@ -104,7 +132,40 @@ def distill(
         int | None, typer.Option(help="batches between two lines, or two numbers to a tracker")
     ] = None,
     amp: Annotated[bool | None, typer.Option("--amp/--no-amp", help="mixed precision")] = None,
-    amp_dtype: Annotated[str | None, typer.Option(help="bfloat16")] = None,
+    amp_dtype: Annotated[str | None, typer.Option(help="bfloat16 or float16")] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile, where it can")
+    ] = None,
+    channels_last: Annotated[
+        bool | None,
+        typer.Option("--channels-last/--no-channels-last", help="else where the model can"),
+    ] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option("--deterministic/--no-deterministic", help="the same bits, also on CUDA"),
+    ] = None,
+    model_ema: Annotated[
+        bool | None, typer.Option("--model-ema/--no-model-ema", help="average the student, too")
+    ] = None,
+    model_ema_decay: Annotated[float | None, typer.Option(help="0.9998 by default")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="updates between checkpoints, beside those of epochs")
+    ] = None,
+    skip_nan: Annotated[
+        int | None, typer.Option(help="updates to leave out where a number is not finite")
+    ] = None,
+    auto_batch: Annotated[
+        bool | None,
+        typer.Option("--auto-batch/--no-auto-batch", help="out of memory: batches in parts"),
+    ] = None,
+    auto_batch_norm: Annotated[
+        bool | None,
+        typer.Option("--auto-batch-norm/--no-auto-batch-norm", help="also with batch norm"),
+    ] = None,
+    allow_change: Annotated[
+        str | None,
+        typer.Option(metavar="threads,…", help="of --resume: threads, torch, world-size, device"),
+    ] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = None,
     threads: flags.Threads = None,
@@ -113,18 +174,6 @@ def distill(
     from kdsurgeon.recipe import parse_set, read_config
 
     given = {name: value for name, value in context.params.items() if value not in (None, [], ())}
-    if resume is not None:
-        known = {"resume", "trust_code"} if dry_run else {"resume", "trust_code", "dry_run"}
-        extra = sorted(set(given) - known)
-        if extra:
-            raise UsageError(
-                f"--resume goes on with the settings of the run; it does not take "
-                f"{', '.join(name.strip('_').replace('_', '-') for name in extra)}.",
-                fix="start a new run with another --output to change settings",
-            )
-        from kdsurgeon.cli.session import resume_session
-
-        return resume_session(resume, trust_code or ())
     if budget is not None and stones is not None:
         raise UsageError(
             "--budget and --stones exclude each other.",
@@ -138,9 +187,24 @@ def distill(
             overrides[name], spelled[name] = text, name.upper()
     for name, value in _parsed(blocks, budget, stones, mean, std, input_size, track).items():
         overrides[name], spelled[name] = value, f"--{name.rpartition('.')[2].replace('_', '-')}"
+    if scale is not None:
+        overrides["data.scale"] = list(flags.parse_numbers(scale, "--scale") or ())
+        spelled["data.scale"] = f"--scale {scale}"
     for text in set_ or []:
         key, value = parse_set(text)
         overrides[key], spelled[key] = value, f"--set {text}"
+    allowed = [name.strip() for name in (allow_change or "").split(",") if name.strip()]
+    if resume is not None:
+        _check_resume(given)
+        from kdsurgeon.cli.session import resume_session
+
+        return resume_session(
+            resume, trust_code or (), overrides, spelled=spelled, allow_change=allowed
+        )
+    if allowed:
+        raise UsageError(
+            "--allow-change is for a run that goes on.", fix="leave it out, or add --resume FOLDER"
+        )
     settings = read_config(config, overrides, spelled=spelled)
     if settings.plan is not None and settings.blocks != "auto":
         raise UsageError(
@@ -154,6 +218,19 @@ def distill(
     return start_session(settings, trust_code or (), dry_run=dry_run)
 
 
+def _check_resume(given: dict[str, Any]) -> None:
+    """Settings are compared with those of the run; what names another run is refused here."""
+    others = ("config", "dry_run", "output", "student", "teacher")
+    wrong = [name for name in others if given.get(name)]
+    if wrong:
+        raise UsageError(
+            f"--resume goes on with the run in its folder; it does not take "
+            f"{', '.join(name.replace('_', '-') for name in wrong)}.",
+            fix="start a new run with another --output to change settings; a run folder that was "
+            "copied or moved is resumed where it is",
+        )
+
+
 def _check_folder(folder: Path, settings: RunConfig, config: Path | None) -> None:
     """Whether a run can be kept there without replacing what it is made from."""
     students = [folder / "student" / f"{name}.safetensors" for name in ("last", "best")]
@@ -164,7 +241,8 @@ def _check_folder(folder: Path, settings: RunConfig, config: Path | None) -> Non
             *(Output("--output", student, ".safetensors") for student in students),
         ],
         [settings.teacher, settings.student, settings.teacher_arch, settings.student_arch,
-         settings.data_dir, settings.plan, settings.teacher_cache, config],
+         settings.data_dir, settings.plan, settings.teacher_cache, settings.data.classes,
+         config],
     )  # fmt: skip
 
 

@@ -8,32 +8,47 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from kdsurgeon import __version__
 from kdsurgeon.checkpoints import Loaded, ModelCard, load_model
-from kdsurgeon.cli import inputs
+from kdsurgeon.cli import inputs, reconciling
 from kdsurgeon.cli.console import out, say, warn
 from kdsurgeon.cli.live import display, duration
+from kdsurgeon.cli.signals import interruptible
 from kdsurgeon.data import Batches, Split
 from kdsurgeon.distillation import Distillation, chosen_depths, formula, how_it_runs, prepare
-from kdsurgeon.errors import Interrupted, ModelFileError, NumericsError, UsageError
+from kdsurgeon.errors import (
+    Interrupted,
+    ModelFileError,
+    NumericsError,
+    ResourceError,
+    UsageError,
+)
 from kdsurgeon.evaluation import Report, accuracy, evaluate
+from kdsurgeon.keeping import saved_conditions
 from kdsurgeon.recipe import DataRecipe, RunConfig, read_config, write_yaml
-from kdsurgeon.runs import Run, check_is_free, environment
+from kdsurgeon.runs import Checkpoint, Run, check_is_free, environment
 from kdsurgeon.stones import Certificate, Forecast, Plan, SteppingStones, certify, forecast
 from kdsurgeon.teacher_cache import TaughtBatches, cache_teacher
 from kdsurgeon.tracing import move
-from kdsurgeon.training import Moment
+from kdsurgeon.training import (
+    Moment,
+    Stop,
+    changes,
+    conditions,
+    is_exact,
+    learning_rate_at,
+    prepare_cublas,
+)
 from kdsurgeon.views import accuracy_table, draw_plan, plan_table, run_report
 
 
@@ -90,7 +105,9 @@ def open_session(settings: RunConfig, trust: Sequence[str], plan: Path | None) -
     teacher = load_model(
         settings.teacher, arch=settings.teacher_arch, trust=trust, flag="--teacher-arch"
     )
-    split = inputs.load_data(settings, teacher.card)
+    split = inputs.load_data(
+        settings, reconciling.card_of(teacher), reconciling.fit_of(teacher, settings)
+    )
     student = load_model(
         settings.student,
         arch=settings.student_arch,
@@ -98,6 +115,8 @@ def open_session(settings: RunConfig, trust: Sequence[str], plan: Path | None) -
         flag="--student-arch",
         num_classes=split.train.num_classes,
     )
+    split = reconciling.as_student_sees(settings, student, split)
+    teacher = reconciling.reconciled(teacher, settings, split)
     teacher.model.to(device)
     student.model.to(device)
     example = torch.zeros((2, *split.train.input_size), device=device)
@@ -119,6 +138,8 @@ def start_session(settings: RunConfig, trust: Sequence[str], *, dry_run: bool) -
     """A new run from its settings."""
     if settings.output:
         check_is_free(settings.output)  # said before models and data are loaded
+    if settings.deterministic:
+        prepare_cublas()
     session = open_session(settings, trust, Path(settings.plan) if settings.plan else None)
     ready, proof = announce(session)
     if dry_run:
@@ -132,20 +153,77 @@ def start_session(settings: RunConfig, trust: Sequence[str], *, dry_run: bool) -
         _train(session, ready, run)
 
 
-def resume_session(folder: Path, trust: Sequence[str]) -> None:
-    """Go on with the run in ``folder``, from its newest whole checkpoint."""
-    with at_home(Run.look(folder).path) as (folder, settings), Run.resume(folder) as run:
-        for complaint in run.latest_checkpoint()[1]:
+def resume_session(
+    folder: Path,
+    trust: Sequence[str],
+    overrides: Mapping[str, Any],
+    *,
+    spelled: Mapping[str, str],
+    allow_change: Sequence[str],
+) -> None:
+    """Go on with the run in ``folder``, from its newest whole checkpoint.
+
+    Raises :class:`UsageError` when a setting changed that the bits of the run depend on.
+    """
+    with at_home(Run.look(folder).path) as (folder, before), Run.resume(folder) as run:
+        checkpoint, complaints = run.latest_checkpoint()
+        for complaint in complaints:
             warn(f"{complaint} An older one is used.")
         recorded = _recorded(folder / "run.json")
-        threads = inputs.check_threads(recorded["threads"])
-        torch.set_num_threads(threads)  # another number gives other bits
+        settings = read_config(folder / "config.yaml", overrides, spelled=spelled)
+        wanted = settings.threads if "threads" in allow_change else recorded["threads"]
+        threads = overrides.get("threads") or wanted
+        if threads:  # another number gives other bits
+            torch.set_num_threads(inputs.check_threads(threads))
+        if settings.deterministic:
+            prepare_cublas()
+        device = inputs.pick_device(settings.device)
+        was = saved_conditions(checkpoint) if checkpoint else conditions(before, device)
+        changed = changes(was, conditions(settings, device), allow_change)
+        _tell_changes(changed, checkpoint, settings)
         session = open_session(settings, trust, plan=folder / "plan.yaml")
         _check_same_files(session, recorded)
         if len(run.metrics()) >= settings.epochs:
             say(f"{folder} has finished its epochs before: nothing is left to train")
         ready, _ = announce(session)
-        _train(session, ready, run)
+        if changed:
+            run.write("config.yaml", write_yaml(settings.dump()))
+        _record_resume(run, checkpoint, changed)
+        _train(session, ready, run, allow_change)
+
+
+def _tell_changes(
+    changed: Mapping[str, list[Any]], checkpoint: Checkpoint | None, settings: RunConfig
+) -> None:
+    for name, (before, now) in changed.items():
+        say(f"changed  {name}: was {before}, is {now}")
+    if "epochs" in changed and checkpoint:
+        before = settings.replace(epochs=changed["epochs"][0])
+        done = checkpoint.state["training"]["epoch"]
+        rates = [learning_rate_at(each, done / each.epochs) for each in (before, settings)]
+        warn(
+            f"the schedule is that of a run of {settings.epochs} epochs from here on: the learning "
+            f"rate goes on at {rates[1]:.3g} instead of {rates[0]:.3g}."
+        )
+    if not is_exact(changed):
+        warn("the run will not come to the bits that it would have come to; run.json says so.")
+
+
+def _record_resume(
+    run: Run, checkpoint: Checkpoint | None, changed: Mapping[str, list[Any]]
+) -> None:
+    """What is said in run.json of this resume, and whether the run is still the one it began as."""
+    record = json.loads((run.path / "run.json").read_text(encoding="utf-8"))
+    record.setdefault("resumes", []).append(
+        {
+            "at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+            "from": checkpoint.path.name if checkpoint else None,
+            "changed": changed,
+        }
+    )
+    record["exact"] = bool(record.get("exact")) and is_exact(changed)
+    record["threads"] = torch.get_num_threads()
+    run.write("run.json", json.dumps(record, indent=1))
 
 
 def announce(session: Session) -> tuple[Distillation, Certificate | None]:
@@ -167,6 +245,8 @@ def announce(session: Session) -> tuple[Distillation, Certificate | None]:
     loss_code = how_it_runs(settings, next(session.student.model.parameters()).device)
     if loss_code:
         say(f"loss     {loss_code}")
+    for note in ready.notes:
+        say(note)
     say()
     return ready, proof
 
@@ -196,19 +276,26 @@ def _rehearse(ready: Distillation) -> None:
     say("dry run: nothing was written")
 
 
-def _train(session: Session, ready: Distillation, run: Run) -> None:
-    settings = session.settings
-    with _interruptible() as interrupt, display(settings, run.path) as shown:
+def _train(
+    session: Session, ready: Distillation, run: Run, allow_change: Sequence[str] = ()
+) -> None:
+    settings, stop = session.settings, Stop()
+    with interruptible(stop) as interrupt, display(settings, run.path) as shown:
         epochs = ready.epochs(
-            run=run, card=session.card, stop=lambda: bool(interrupt.signal), watch=shown.step
+            run=run,
+            card=session.card,
+            stop=stop,
+            watch=shown.step,
+            report=lambda trouble: warn(trouble.text),
+            allow_change=allow_change,
         )
         try:
             for epoch in epochs:
                 shown.epoch(epoch)
-        except NumericsError as error:
+        except (NumericsError, ResourceError) as error:
             checkpoint, _ = run.latest_checkpoint()
-            assert checkpoint is not None, "a run saves before its first step"
-            error.notes["kept"] = str(checkpoint.path)
+            if checkpoint is not None:
+                error.notes.setdefault("kept", str(checkpoint.path))
             raise
     if interrupt.signal and len(run.metrics()) < settings.epochs:
         name = signal.Signals(interrupt.signal).name
@@ -291,9 +378,17 @@ def _record(session: Session, ready: Distillation, folder: Path) -> dict[str, An
         "data": session.split.fingerprint,
         "plan": session.plan.hash,
         "recipe": session.settings.hash(),
+        "exact": _is_exact(session),
         "threads": torch.get_num_threads(),
         "started_in": os.path.relpath(Path.cwd(), folder),  # seen from the run folder
     }
+
+
+def _is_exact(session: Session) -> bool:
+    """Whether the same command comes to the same bits again, on this machine and versions."""
+    settings = session.settings
+    device = next(session.student.model.parameters()).device
+    return (device.type == "cpu" or settings.deterministic) and not settings.torch_compile
 
 
 @contextmanager
@@ -326,7 +421,6 @@ def _recorded(path: Path) -> dict[str, Any]:
             "student": found["student"]["sha256"],
             "data": found["data"],
             "plan": found["plan"],
-            "recipe": found["recipe"],
             "threads": int(found["threads"]),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -343,7 +437,6 @@ def _check_same_files(session: Session, recorded: dict[str, Any]) -> None:
         "student": session.student.sha256,
         "data": session.split.fingerprint,
         "plan": session.plan.hash,
-        "recipe": session.settings.hash(),
     }
     for name, value in found.items():
         if recorded[name] != value:
@@ -353,27 +446,3 @@ def _check_same_files(session: Session, recorded: dict[str, Any]) -> None:
                 now=str(value),
                 fix="put it back as it was, or start a new run with another --output",
             )
-
-
-class _Interrupt:
-    """The signal that asked for a stop, or 0. A second one stops at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-
-
-@contextmanager
-def _interruptible() -> Iterator[_Interrupt]:
-    interrupt = _Interrupt()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, interrupt) for number in numbers]
-    try:
-        yield interrupt
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

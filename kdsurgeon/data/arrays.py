@@ -12,6 +12,8 @@ from PIL import Image
 from kdsurgeon.checkpoints import read_arrays
 from kdsurgeon.data.decoding import MODES, allocate, fit_into
 from kdsurgeon.data.sets import (
+    WHOLE,
+    Fit,
     Options,
     Part,
     Size,
@@ -49,7 +51,8 @@ def load_arrays(name: str, path: Path, options: Options, *, scale: float = 255.0
     own, wanted = images[0].shape[1:], height_width_channels(options.input_size)
     if wanted and own != wanted:
         notes.append(f"images were resized from {by(own)} to {by(wanted)}.")
-        images, scale = [_refit(pixels, wanted, scale) for pixels in images], 255.0
+        pairs = zip(images, options.fits, strict=True)
+        images, scale = [refit(pixels, wanted, scale, fit) for pixels, fit in pairs], 255.0
     train, val = (
         Part(pixels, numbers, tuple(hashlib.sha256(row).digest() for row in pixels))
         for pixels, numbers in zip(images, labels, strict=True)
@@ -185,14 +188,14 @@ def _class_names(name: str, stored: np.ndarray | None, labels: np.ndarray) -> tu
     return names
 
 
-def _refit(images: np.ndarray, shape: Size, scale: float) -> np.ndarray:
+def refit(images: np.ndarray, shape: Size, scale: float, fit: Fit = WHOLE) -> np.ndarray:
     """uint8 (N, *shape) on the 0..255 scale, resized and converted as files are."""
     channels = shape[2]
     stretched = images if scale == 255 else np.rint(images * (255 / scale)).astype(np.uint8)
     result = allocate((len(images), *shape))
     for row, pixels in zip(result, stretched, strict=True):
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-        fit_into(row, image.convert(MODES[channels]))
+        fit_into(row, image.convert(MODES[channels]), fit)
     return result
 
 

@@ -19,13 +19,14 @@ import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from kdsurgeon.data.sets import MAX_PIXELS, BadImage, Size, height_width_channels
+from kdsurgeon.data.sets import MAX_PIXELS, WHOLE, BadImage, Fit, Size, height_width_channels
 from kdsurgeon.data.words import by, listed, shown
 from kdsurgeon.errors import DataError, ResourceError
 
@@ -35,6 +36,11 @@ RAM_BYTES = 2**30  # decoded images above this size live in a temporary file
 _SLICE = 1024  # files handed to the thread pool at a time
 
 MODES = {1: "L", 3: "RGB"}
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
 _GRAY = frozenset({"1", "L", "LA", "La", "I"})
 _ALPHA = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _UPRIGHT = {  # EXIF 2.32, tag 274, as the turn that undoes it
@@ -80,7 +86,10 @@ class DecodedPart:
 
 
 def decode_parts(
-    name: str, parts: Sequence[Sequence[File]], input_size: Size | None
+    name: str,
+    parts: Sequence[Sequence[File]],
+    input_size: Size | None,
+    fits: Sequence[Fit] = (WHOLE, WHOLE),
 ) -> list[DecodedPart]:
     """Both parts decoded at one size; gray only if that was asked, or if every image is."""
     Image.init()
@@ -88,7 +97,10 @@ def decode_parts(
         warnings.simplefilter("ignore")  # Pillow's remarks on metadata; its limit is kept here
         shape = height_width_channels(input_size)
         target = shape or _common_shape(parts[0])
-        decoded = [_decode(name, files, target, is_fixed=shape is None) for files in parts]
+        decoded = [
+            _decode(name, files, target, fit, is_fixed=shape is None)
+            for files, fit in zip(parts, fits, strict=True)
+        ]
     if shape is None and all(fact.is_gray for part in decoded for fact in part.facts):
         decoded = [replace(part, images=part.images[..., :1]) for part in decoded]
     return decoded
@@ -97,20 +109,22 @@ def decode_parts(
 def _common_shape(files: Iterable[File]) -> Size:
     """The shape of the first image that can be read."""
     for file in files:
-        fact = _decode_into(None, file, is_fixed=True)
+        fact = _decode_into(None, file, fit=WHOLE, is_fixed=True)
         if isinstance(fact, Fact):
             return fact.height, fact.width, 3
     return 1, 1, 3
 
 
-def _decode(name: str, files: Sequence[File], shape: Size, *, is_fixed: bool) -> DecodedPart:
+def _decode(
+    name: str, files: Sequence[File], shape: Size, fit: Fit, *, is_fixed: bool
+) -> DecodedPart:
     images = allocate((len(files), *shape))
     facts: list[Fact | BadImage] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for first in range(0, len(files), _SLICE):
             some = files[first : first + _SLICE]
             rows = images[first : first + _SLICE]
-            facts.extend(pool.map(_decode_into, rows, some, [is_fixed] * len(some)))
+            facts.extend(pool.map(partial(_decode_into, fit=fit, is_fixed=is_fixed), rows, some))
             if is_fixed:
                 _check_sizes(name, facts[first:], shape)
     good = [row for row, fact in enumerate(facts) if isinstance(fact, Fact)]
@@ -137,28 +151,31 @@ def _check_sizes(name: str, facts: Iterable[Fact | BadImage], shape: Size) -> No
         )
 
 
-def _decode_into(row: np.ndarray | None, file: File, is_fixed: bool) -> Fact | BadImage:
+def _decode_into(
+    row: np.ndarray | None, file: File, *, fit: Fit, is_fixed: bool
+) -> Fact | BadImage:
     """Fill ``row`` (H, W, C) with the image of ``file``; where its size is fixed, only if it fits.
 
     Whatever a file does to the decoder makes it a bad image; only a machine that runs out of
     memory or file handles stops the run.
     """
     try:
-        data = _read(file.path)
+        data = read_file(file.path)
         image, is_gray, remarks = _open(data, "RGB" if row is None else MODES[row.shape[2]])
     except MemoryError as error:
         raise ResourceError(f"not enough memory to decode {file.id}.") from error
     except ResourceError:
         raise
     except Exception as error:  # decoders fail in a dozen ways
-        return BadImage(file.id, _reason(error))
+        return BadImage(file.id, reason(error))
     if row is not None and (not is_fixed or (image.height, image.width) == row.shape[:2]):
-        fit_into(row, image)
+        fit_into(row, image, fit)
     digest = hashlib.sha256(data).digest()
     return Fact(file, digest, len(data), image.height, image.width, is_gray, remarks)
 
 
-def _read(path: str) -> bytes:
+def read_file(path: str) -> bytes:
+    """What a file holds; an error where it is no file, too large or empty."""
     try:
         info = os.stat(path)  # noqa: PTH116
         if not stat.S_ISREG(info.st_mode):
@@ -173,6 +190,11 @@ def _read(path: str) -> bytes:
     if not data:
         raise DataError("empty, 0 bytes")
     return data
+
+
+def open_image(data: bytes, mode: str) -> Image.Image:
+    """The image in a file's bytes, upright, as L or RGB; decoders fail in a dozen ways."""
+    return _open(data, mode)[0]
 
 
 def _open(data: bytes, mode: str) -> tuple[Image.Image, bool, tuple[str, ...]]:
@@ -220,20 +242,29 @@ def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def fit_into(row: np.ndarray, image: Image.Image) -> None:
+def fit_into(row: np.ndarray, image: Image.Image, fit: Fit = WHOLE) -> None:
     """Fill ``row`` (H, W, C) with the largest centred part of its aspect, resized.
 
     Equal, up to half a pixel, to resizing until the image covers the target and cropping the
-    centre, but without the intermediate image, which an elongated one would make huge.
+    centre, but without the intermediate image, which an elongated one would make huge. With a
+    ``crop_pct`` below 1 the part is by so much smaller, unless the image has the size already.
     """
     height, width, _ = row.shape
     if (image.height, image.width) != (height, width):
-        scale = min(image.width / width, image.height / height)
+        scale = fit.crop_pct * min(image.width / width, image.height / height)
         left = max(0.0, (image.width - width * scale) / 2)
         top = max(0.0, (image.height - height * scale) / 2)
         box = (left, top, image.width - left, image.height - top)
-        image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+        image = image.resize((width, height), _RESAMPLING[fit.interpolation], box=box)
     row[:] = np.asarray(image).reshape(row.shape)
+
+
+def crop_into(row: np.ndarray, image: Image.Image, box: np.ndarray, fit: Fit = WHOLE) -> None:
+    """Fill ``row`` (H, W, C) with the part of the image in ``box`` (top, left, height, width)."""
+    top, left, high, wide = box.tolist()
+    part = image.crop((left, top, left + wide, top + high))
+    part = part.resize((row.shape[1], row.shape[0]), _RESAMPLING[fit.interpolation])
+    row[:] = np.asarray(part).reshape(row.shape)
 
 
 def allocate(shape: tuple[int, ...]) -> np.ndarray:
@@ -261,6 +292,7 @@ def allocate(shape: tuple[int, ...]) -> np.ndarray:
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why an image could not be decoded, on one line that is safe to print."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return shown(text)[:200] or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from kdsurgeon.data.decoding import DecodedPart, File, decode_parts
+from kdsurgeon.data.pictures import check_bad, is_streamed, of_files
 from kdsurgeon.data.sets import (
-    BadImage,
     Options,
     Part,
     Split,
@@ -21,7 +22,8 @@ from kdsurgeon.data.sets import (
     finish,
     stratified,
 )
-from kdsurgeon.data.words import SHOWN, listed, shown
+from kdsurgeon.data.sources import finish_pictures
+from kdsurgeon.data.words import listed, shown
 from kdsurgeon.errors import DataError, ResourceError
 
 SUFFIXES = frozenset(  # compared without case
@@ -48,9 +50,11 @@ def load_folder(folder: Path, options: Options) -> Split:
         found = [[found[0][row] for row in part] for part in rows]
     in_train, in_val = (_numbers(files, class_names) for files in found)
     check_classes(name, in_train, in_val, class_names)
-    train, val = decode_parts(name, found, options.input_size)
+    if _is_streamed(found, options):
+        return _streamed(name, found, class_names, options, notes)
+    train, val = decode_parts(name, found, options.input_size, options.fits)
     bad = (*train.bad, *val.bad)
-    _check_bad(name, bad, sum(map(len, found)), options.max_bad_images)
+    check_bad(name, bad, sum(map(len, found)), options.max_bad_images)
     lost = sorted(set(class_names) - {fact.file.label for fact in train.facts})
     if lost:
         raise DataError(f"{name}: no training image of {listed(lost)} can be read.")
@@ -69,6 +73,29 @@ def load_folder(folder: Path, options: Options) -> Split:
         is_natural=True,
         bad=bad,
     )
+
+
+def _is_streamed(found: Sequence[Sequence[File]], options: Options) -> bool:
+    num_bytes = math.prod(options.input_size or (0,)) * sum(map(len, found))
+    return is_streamed(options.stream, num_bytes)
+
+
+def _streamed(
+    name: str,
+    found: Sequence[Sequence[File]],
+    class_names: tuple[str, ...],
+    options: Options,
+    notes: list[str],
+) -> Split:
+    """The same data set, of which no image is decoded but when it is asked for."""
+    halves = []
+    for files, fit in zip(found, options.fits, strict=True):
+        first = halves[0][0] if halves else None
+        images = of_files(name, files, options.input_size, fit, first)
+        halves.append((images, _numbers(files, class_names)))
+    sizes = sorted(f"{f.id}\0{os.stat(f.path).st_size}\n" for part in found for f in part)  # noqa: PTH116
+    fingerprint = content_hash((size.encode() for size in sizes), class_names)
+    return finish_pictures(name, halves, class_names, options, fingerprint, notes)
 
 
 def _places(name: str, root: Path) -> tuple[list[Path], list[str]]:
@@ -199,22 +226,6 @@ def _numbered(part: DecodedPart, class_names: Sequence[str]) -> Part:
     files = [fact.file for fact in part.facts]
     digests, ids = tuple(fact.digest for fact in part.facts), tuple(file.id for file in files)
     return Part(part.images, _numbers(files, class_names), digests, ids)
-
-
-def _check_bad(name: str, bad: Sequence[BadImage], total: int, allowed: int) -> None:
-    if len(bad) <= min(allowed, total - 1):
-        return
-    lines = [f"{image.path}: {image.reason}" for image in bad[:SHOWN]]
-    if len(bad) > SHOWN:
-        lines.append(f"… and {len(bad) - SHOWN:,} more")
-    fix = "repair or remove them"
-    if len(bad) < total:
-        fix += f", or leave them out: --max-bad-images {len(bad)}"
-    raise DataError(
-        f"{name}: {len(bad):,} of {total:,} images cannot be read.",
-        where="\n".join(lines),
-        fix=fix,
-    )
 
 
 def _content(*parts: DecodedPart) -> list[bytes]:

@@ -5,28 +5,57 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
 from kdsurgeon.data.words import kind, listed
-from kdsurgeon.errors import DataError, UsageError
+from kdsurgeon.errors import DataError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from kdsurgeon.data.pictures import Pictures
 
 Size = tuple[int, int, int]
-Augment = Literal["none", "shift", "shift-flip"]
+Augment = Literal["none", "shift", "shift-flip", "crop-flip"]
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 89_478_485  # Pillow's own limit, which by itself only warns up to twice as many
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How an image of another size is brought to that of the network, in timm's words.
+
+    ``crop_pct`` is the share of the largest centred part that is kept, of each side.
+    Raises :class:`UsageError` for a share that is none, or an unknown interpolation.
+    """
+
+    crop_pct: float = 1.0
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop_pct <= 1:
+            raise UsageError(f"crop_pct is {self.crop_pct}; it must be above 0, at most 1.")
+        if self.interpolation not in INTERPOLATIONS:
+            raise UsageError(
+                f'no interpolation is called "{self.interpolation}".',
+                fix=nearest(self.interpolation, INTERPOLATIONS) or ", ".join(INTERPOLATIONS),
+            )
+
+
+WHOLE = Fit()
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Labelled images of one size, and the numbers that turn them into a network's input.
 
-    ``images`` is uint8 (N, H, W, C) with C 1 or 3, in memory or a memory map; ``labels`` int64 (N,)
+    ``images`` is uint8 (N, H, W, C) with C 1 or 3, in memory, a memory map or :class:`Pictures`
+    that are decoded when they are asked for; ``labels`` int64 (N,)
     in ``range(len(class_names))``; ``mean`` and ``std`` hold one number per channel on the 0..1
     scale, that is of ``images / scale``; ``ids`` are the files' paths below the data folder, where
     there are files; ``default_augment`` is what suits them: mirroring only for folders of colour
@@ -40,7 +69,7 @@ class Dataset:
     """
 
     name: str
-    images: np.ndarray
+    images: np.ndarray | Pictures
     labels: np.ndarray
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
@@ -82,14 +111,35 @@ class Dataset:
         """The images of ``rows`` as a network sees them: normalised float32 (B, C, H, W)."""
         return self.normalise(self.images[rows].transpose(0, 3, 1, 2))
 
-    def normalise(self, pixels: np.ndarray) -> torch.Tensor:
-        """``(pixels / scale - mean) / std`` for uint8 ``pixels`` (B, C, H, W), as a new tensor."""
+    def normalise(self, pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """``(pixels / scale - mean) / std`` for uint8 ``pixels`` (B, C, H, W), as a new tensor.
+
+        A tensor's stays on its device; the two roundings are the same on every device.
+        """
         mean, std = (torch.tensor(v, dtype=torch.float64) for v in (self.mean, self.std))
         factor, offset = 1 / (self.scale * std), -mean / std
-        x = torch.from_numpy(pixels.astype(np.float32, order="C"))
-        x *= factor.to(torch.float32)[:, None, None]
-        x += offset.to(torch.float32)[:, None, None]
+        if isinstance(pixels, torch.Tensor):
+            x = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        else:
+            x = torch.from_numpy(pixels.astype(np.float32, order="C"))
+        x *= factor.to(torch.float32)[:, None, None].to(x.device)
+        x += offset.to(torch.float32)[:, None, None].to(x.device)
         return x
+
+    def name_of(self, row: int) -> str:
+        """What messages call the sample: its file below the data folder, or its row."""
+        return self.ids[row] if self.ids else f"{self.name}[{row}]"
+
+    def select(self, rows: np.ndarray, class_names: Sequence[str], number: np.ndarray) -> Dataset:
+        """Those rows alone, their label y as ``number[y]``, under other class names."""
+        images = self.images
+        return replace(
+            self,
+            images=images[rows] if isinstance(images, np.ndarray) else images.take(rows),
+            labels=number[self.labels[rows]],
+            class_names=tuple(class_names),
+            ids=None if self.ids is None else tuple(self.ids[row] for row in rows),
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +155,8 @@ class Split:
     """A data set in two parts that share classes, size and normalisation.
 
     ``bad`` are the images left out; ``fingerprint`` is a sha256 of the content of both parts and
-    of the class names, whatever the split; ``notes`` are sentences about what was found and done.
+    of the class names, whatever the split; ``notes`` are sentences about what was found and done;
+    ``source_classes`` are those of the source, where only some were chosen.
     """
 
     train: Dataset
@@ -113,6 +164,12 @@ class Split:
     bad: tuple[BadImage, ...]
     fingerprint: str
     notes: tuple[str, ...] = ()
+    source_classes: tuple[str, ...] | None = None
+
+    def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> Split:
+        """The same images, served with another mean and std per channel on the 0..1 scale."""
+        numbers = {"mean": tuple(mean), "std": tuple(std)}
+        return replace(self, train=replace(self.train, **numbers), val=replace(self.val, **numbers))
 
     def __post_init__(self) -> None:
         assert self.train.input_size == self.val.input_size
@@ -130,6 +187,13 @@ class Options:
     max_bad_images: int
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    fit: Fit = WHOLE
+    stream: bool | None = None
+
+    @property
+    def fits(self) -> tuple[Fit, Fit]:
+        """Of the training part, of which no margin is cut, and of the validation part."""
+        return replace(self.fit, crop_pct=1.0), self.fit
 
     def __post_init__(self) -> None:
         if not 0 < self.val_split < 1:
@@ -158,9 +222,9 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Images of one part before normalisation; ``digests`` tell equal images."""
+    """Images of one part before normalisation; ``digests`` tell equal images, where known."""
 
-    images: np.ndarray
+    images: np.ndarray | Pictures
     labels: np.ndarray
     digests: tuple[bytes, ...]
     ids: tuple[str, ...] | None = None
@@ -260,7 +324,7 @@ def stratified(name: str, labels: np.ndarray, options: Options) -> tuple[np.ndar
 
 
 def _normalisation(
-    name: str, images: np.ndarray, scale: float, is_natural: bool, options: Options
+    name: str, images: np.ndarray | Pictures, scale: float, is_natural: bool, options: Options
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     channels = images.shape[3]
     for label, values in (("mean", options.mean), ("std", options.std)):
@@ -273,7 +337,7 @@ def _normalisation(
     if is_natural and channels == 3:
         mean, std = IMAGENET_MEAN, IMAGENET_STD
     else:
-        mean, std = moments(images, scale)
+        mean, std = moments(_some(images), scale)
     std = options.std or std
     if min(std) == 0:
         raise DataError(
@@ -281,6 +345,13 @@ def _normalisation(
             fix="check the images, or give mean and std",
         )
     return options.mean or mean, std
+
+
+def _some(images: np.ndarray | Pictures) -> np.ndarray:
+    """All images in memory, or 4,096 evenly spaced ones of those that have to be decoded."""
+    if isinstance(images, np.ndarray):
+        return images
+    return images[np.linspace(0, len(images) - 1, min(len(images), 4096)).astype(np.int64)]
 
 
 def moments(images: np.ndarray, scale: float) -> tuple[tuple[float, ...], tuple[float, ...]]:

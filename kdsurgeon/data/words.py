@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -13,7 +14,14 @@ def by(shape: Sequence[int]) -> str:
     return "×".join(map(str, shape))
 
 
-def kind(array: np.ndarray) -> str:
+class Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+
+
+def kind(array: Shaped) -> str:
     return f"{array.dtype} of shape {by(array.shape) or '()'}"
 
 

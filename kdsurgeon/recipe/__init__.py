@@ -2,6 +2,7 @@
 
 from kdsurgeon.recipe.config import parse_set, read_config
 from kdsurgeon.recipe.records import (
+    FREE_ON_RESUME,
     DataRecipe,
     LossRecipe,
     OptimRecipe,
@@ -13,6 +14,7 @@ from kdsurgeon.recipe.writing import write_yaml
 from kdsurgeon.recipe.yaml import Document, parse_yaml, read_yaml
 
 __all__ = [
+    "FREE_ON_RESUME",
     "DataRecipe",
     "Document",
     "LossRecipe",

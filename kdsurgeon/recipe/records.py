@@ -100,15 +100,16 @@ def _auto_or_count(value: Any) -> Any:
 
 _OWN_OPTIMIZERS = ("sgd", "adamw")
 TIMM_OPTIMIZERS = (
-    "adabelief", "adafactor", "adafactorbv", "adamp", "adan", "adopt", "lamb", "laprop", "larc",
-    "lars", "lion", "madgrad", "mars", "nadamw", "novograd", "radam", "rmsproptf", "sgdp", "sgdw",
+    "adabelief", "adafactor", "adafactorbv", "adan", "adopt", "lamb", "laprop", "lars", "lion",
+    "madgrad", "mars", "novograd", "radam", "rmsproptf",
 )  # fmt: skip
-"""Of timm 1.0: those that need no second pass, no other package and nothing of single weights."""
+"""Of timm 1.0: those that need no second pass and no other package, and that no letter too many
+or few makes of sgd and adamw."""
 
 Optimizer = Annotated[
     str,
     BeforeValidator(_known_optimizer),
-    Must('"sgd" or "adamw"', ("sgd", "adamw", "lamb", "lars", "lion", "nadamw")),
+    Must('"sgd" or "adamw"', ("sgd", "adamw", "lamb", "lars", "lion")),
 ]
 Positive = Annotated[float, Field(gt=0), Must("a number above 0")]
 NotNegative = Annotated[
@@ -179,6 +180,16 @@ InputSize = Annotated[
     BeforeValidator(_as_tuple),
     Must("a list of three whole numbers (channels, height, width), or null"),
 ]
+AutoAugment = Annotated[
+    Annotated[str, Field(pattern=r"^rand(-[mn][0-9]{1,2})*$")] | None,
+    Must('"rand", or "rand-m9-n2" with a strength from 0 to 30 and a count, or null', ("rand",)),
+]
+ShareRange = Annotated[
+    tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(le=1)]],
+    BeforeValidator(_as_tuple),
+    AfterValidator(lambda value: value if value[0] == value[1] else _rising(value)),
+    Must("a list of two numbers above 0, at most 1, the greater last"),
+]
 Device = Annotated[
     str,
     Field(pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"),
@@ -189,11 +200,12 @@ Device = Annotated[
 FREE_ON_RESUME = frozenset(
     {
         "output", "checkpoint_every", "optim.skip_nan", "optim.auto_batch",
-        "optim.auto_batch_norm", "threads", "device", "track", "log_interval", "teacher_cache",
+        "optim.auto_batch_norm", "track", "log_interval", "teacher_cache",
+        "teacher", "student", "data_dir", "plan",
     }
 )  # fmt: skip
-"""Keys that a resumed run may change: no bit of it depends on them. (How many threads there are,
-and on which kind of device, is compared as it is, not as it was asked for.)"""
+"""Keys that a resumed run may change: no bit of it depends on them. Of files it is compared what
+they hold, of threads and device what there is, not how either was asked for."""
 
 
 class Section(BaseModel):
@@ -320,7 +332,7 @@ class OptimRecipe(Section):
     model_ema: Switch = False
     """keep a moving average of the student, which is evaluated and saved as well; ours"""
     model_ema_decay: Below1 = 0.9998
-    """share of the moving average that an update keeps, no unit; timm's"""
+    """share of the moving average that an update keeps, no unit; ours, as in timm"""
     skip_nan: Tolerance = 0
     """updates of a run that may be left out, and counted, because a number is not finite, before
     it stops; ours"""
@@ -340,9 +352,9 @@ class OptimRecipe(Section):
 class DataRecipe(Section):
     """What happens to the images before a model sees them."""
 
-    augment: Literal["auto", "none", "shift", "shift-flip"] = "auto"
+    augment: Literal["auto", "none", "shift", "shift-flip", "crop-flip"] = "auto"
     """random changes of training images: shift moves by a few pixels, flip mirrors left and right,
-    auto lets the data set choose; ours"""
+    crop takes a part of random size and aspect, auto lets the data set choose; ours"""
     teacher_views: Annotated[Count | None, Must("a whole number from 1 to 1,000,000, or null")] = (
         None
     )
@@ -359,6 +371,37 @@ class DataRecipe(Section):
     """divides per channel, pixels in 0 … 1; null: as the teacher was trained, or measured"""
     input_size: InputSize = None
     """channels, height and width in pixels, as timm has them; null: as teacher or data have them"""
+    aa: AutoAugment = None
+    """operations drawn for each training image, as timm spells it; 2 of strength 9 in Cubuk et al.
+    2020, arXiv 1909.13719; null: none"""
+    reprob: Share = 0.0
+    """probability with which a rectangle of a training image becomes the mean, as in timm; ours:
+    off"""
+    cutout: Tolerance = 0
+    """side in pixels of the square that becomes the mean in every training image, 0 for none;
+    16 on CIFAR-10 in DeVries and Taylor 2017, arXiv 1708.04552; ours: off"""
+    scale: ShareRange = (0.08, 1.0)
+    """least and greatest share of the area that crop takes; ours, as in timm"""
+    crop_pct: Annotated[
+        Annotated[float, Field(gt=0, le=1)] | None, Must("a number above 0, at most 1, or null")
+    ] = None
+    """share of each side kept of images that are resized to validate; null: as the teacher's own
+    config says, else 1"""
+    interpolation: Annotated[
+        Literal["nearest", "bilinear", "bicubic"] | None,
+        Must('"nearest", "bilinear" or "bicubic", or null', ("nearest", "bilinear", "bicubic")),
+    ] = None
+    """how images are resized; null: as the teacher's own config says, else bilinear"""
+    classes: OptionalText = None
+    """file of the classes to learn, one per line in the order of the student; null: all; ours"""
+    workers: Annotated[
+        Annotated[int, Field(ge=0, le=256)] | None, Must("a whole number from 0 to 256, or null")
+    ] = None
+    """processes that read and augment images, 0 for none; null: up to 8 where images are decoded
+    in every epoch; no result depends on it; ours"""
+    data_device: Literal["auto", "cpu", "device"] = "auto"
+    """where images lie and are augmented; auto: on the device if it is no CPU and they take 2 GiB
+    at most; ours"""
 
     @field_validator("std")
     @classmethod
@@ -398,15 +441,15 @@ class Recipe(Section):
     """compute in mixed precision (autocast); ours"""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """number format under amp; ours: bfloat16 needs no loss scaling, which float16 gets"""
-    compile: Switch = False
+    torch_compile: Switch = False
     """let torch.compile make one program of the training graph, where it can; ours"""
     channels_last: Annotated[bool | None, Must("true, false or null")] = None
     """images with channels last in memory; null: where the model can take it; ours"""
     deterministic: Switch = False
     """only operations that give the same bits again, also on CUDA; ours"""
-    checkpoint_every: Annotated[Count | None, Must("a whole number from 1 to 1,000,000, or null")] = (
-        None
-    )
+    checkpoint_every: Annotated[
+        Count | None, Must("a whole number from 1 to 1,000,000, or null")
+    ] = None
     """updates between two checkpoints inside an epoch; null: at the ends of epochs only; ours"""
     loss: LossRecipe = LossRecipe()
     """the loss"""

@@ -1,0 +1,178 @@
+"""Keep a run in its folder, and go back to where it stood.
+
+A checkpoint is taken only where nothing is half done: before the first update, after an update,
+and after an epoch was evaluated. So whoever resumes does the same steps again, to the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdsurgeon.checkpoints import ModelCard, save_model
+from kdsurgeon.errors import ModelFileError, NumericsError
+from kdsurgeon.recipe import Recipe
+from kdsurgeon.runs import Checkpoint, Run
+from kdsurgeon.stones import SteppingStones
+from kdsurgeon.training import Epoch, Step, TrainingState, Trouble, changes, conditions, is_exact
+
+VERSION = 1
+
+
+@dataclass
+class Keeper:
+    """Writes what a run must not lose; one for each time that it is started or resumed."""
+
+    run: Run
+    model: nn.Module
+    state: TrainingState
+    recipe: Recipe
+    card: ModelCard
+    _saved: int = -1  # the update after which a checkpoint was taken last
+
+    @property
+    def student(self) -> nn.Module:
+        return student_of(self.model)
+
+    def begin(self, allow_change: Collection[str] = ()) -> None:
+        """Go on from the newest whole checkpoint; without one, take the first.
+
+        Raises:
+            UsageError: something changed that the bits of the run depend on.
+            ModelFileError: the checkpoint lacks an item, or is that of another run.
+        """
+        checkpoint, complaints = self.run.latest_checkpoint()
+        for complaint in complaints:
+            self.run.log(complaint)
+        if checkpoint is None:
+            self.save()  # whether the disk can take it shows before the first step
+            return
+        changed = changes(saved_conditions(checkpoint), self._conditions(), allow_change)
+        load_weights(self.model, checkpoint)
+        tensors = {k: v for k, v in checkpoint.tensors.items() if k not in ("student", "adapters")}
+        if "device" in changed:  # its generators are not here
+            for name in ("random", "epoch_random"):
+                kept = {k: v for k, v in tensors[name].items() if not k.startswith("cuda.")}
+                tensors[name] = kept
+        self.state.restore(checkpoint.state["training"], tensors)
+        self.run.rewind(checkpoint)
+        self._saved = self.state.step
+        self.run.log(f"resumed from {checkpoint.path.name}")
+        for name, (before, now) in changed.items():
+            self.run.log(f"changed: {name} was {before}, is {now}")
+        if not is_exact(changed):
+            self.save()  # from here on it is a run with these conditions
+
+    def step(self, step: Step) -> None:
+        """A checkpoint inside an epoch, where one is due."""
+        every = self.recipe.checkpoint_every
+        is_due = every is not None and step.step % every == 0 and step.step != self._saved
+        if is_due and step.batch < step.batches:
+            self.save()
+
+    def epoch(self, epoch: Epoch) -> None:
+        """Its line of metrics.jsonl, the best student so far, and a checkpoint after it."""
+        is_best = False
+        if epoch.is_complete:
+            before = max((line["accuracy"] or 0.0 for line in self.run.metrics()), default=-1.0)
+            is_best = (epoch.accuracy or 0.0) > before
+            numbers: dict[str, Any] = {"epoch": epoch.number, **asdict(epoch)}
+            for name in ("number", "is_complete"):
+                del numbers[name]
+            self.run.add_metrics(numbers)
+            self.run.log(f"epoch {epoch.number}/{epoch.epochs} loss {epoch.losses['total']:.4f}")
+        self.save(best=is_best)
+
+    def trouble(self, trouble: Trouble) -> None:
+        """A line in train.log; for numbers that are not finite, a file with the samples, too."""
+        self.run.log(trouble.text)
+        if trouble.what in ("loss", "gradient"):
+            found = asdict(trouble) | {"value": str(trouble.value)}
+            self.run.write(f"nan-step-{trouble.step}.json", json.dumps(found, indent=1))
+
+    def save(self, *, best: bool = False) -> None:
+        """The student's files and a checkpoint.
+
+        Raises:
+            NumericsError: a weight is not finite; what was saved before stays.
+        """
+        _check_finite(self.model, self.state.step)
+        folder = self.run.path / "student"
+        save_model(self.student, folder / "last.safetensors", self.card)
+        if best:
+            save_model(self.student, folder / "best.safetensors", self.card)
+        if self.state.average is not None:
+            with self.state.average.in_place():
+                save_model(self.student, folder / "ema.safetensors", self.card)
+        tensors = {"student": self.student.state_dict(), **self.state.tensors()}
+        if (adapters := _adapters(self.model)) is not None:
+            tensors["adapters"] = adapters.state_dict()
+        state = {
+            "version": VERSION,
+            "training": self.state.numbers(),
+            "conditions": self._conditions(),
+        }
+        self.run.save_checkpoint(self.state.step, tensors, state, best=best)
+        self._saved = self.state.step
+
+    def _conditions(self) -> dict[str, Any]:
+        return conditions(self.recipe, next(self.model.parameters()).device)
+
+
+def saved_conditions(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Under which conditions a checkpoint was saved, for :func:`kdsurgeon.training.changes`."""
+    if checkpoint.state.get("version") != VERSION:
+        raise ModelFileError(
+            f"{checkpoint.path} was saved by another version of kdsurgeon.",
+            fix="go on with that version, or start a new run with another --output",
+        )
+    return checkpoint.state["conditions"]
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """The student in a training graph, or the model itself where it is trained alone."""
+    return model.student if isinstance(model, SteppingStones) else model
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights into student and adapters."""
+    parts = {"student": student_of(model), "adapters": _adapters(model)}
+    for name, part in parts.items():
+        if part is None:
+            continue
+        try:
+            part.load_state_dict(checkpoint.tensors[name])
+        except (KeyError, RuntimeError) as error:
+            raise ModelFileError(
+                f"{checkpoint.path} holds other {name} weights than this run has.",
+                why=str(error).splitlines()[0],
+                fix="resume with the models that the run was started with",
+            ) from error
+
+
+def _adapters(model: nn.Module) -> nn.Module | None:
+    return model.adapters if isinstance(model, SteppingStones) and model.depths else None
+
+
+@torch.no_grad()
+def _check_finite(model: nn.Module, step: int) -> None:
+    """Buffers may hold an infinity, as masks of attention do."""
+    wrong = [name for name, value in model.named_parameters() if not _is_finite(value)]
+    wrong += [name for name, value in model.named_buffers() if value.isnan().any()]
+    if wrong:
+        raise NumericsError(
+            f"after step {step:,} the model holds weights that are not finite; nothing was saved.",
+            where=", ".join(wrong[:5]) + (" …" if len(wrong) > 5 else ""),
+            fix="lower --lr, or add --clip-grad 1.0, and go on from the checkpoint before"
+            if step
+            else "give a student whose weights are finite",
+        )
+
+
+def _is_finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value).all())

@@ -1,0 +1,42 @@
+"""Train a graph: batches and a loss in, one Epoch per iteration out; knows no surgery, no files."""
+
+from kdsurgeon.training.compiling import compiled
+from kdsurgeon.training.exactness import (
+    changes,
+    conditions,
+    determinism,
+    is_exact,
+    prepare_cublas,
+)
+from kdsurgeon.training.layout import fastest_layout
+from kdsurgeon.training.loop import train
+from kdsurgeon.training.optimising import Average, learning_rate_at
+from kdsurgeon.training.randomness import RandomState
+from kdsurgeon.training.records import Batches, Epoch, Moment, Objective, Step, Trouble
+from kdsurgeon.training.state import TrainingState, start
+from kdsurgeon.training.stopping import Stop, StopWaiting, until
+
+__all__ = [
+    "Average",
+    "Batches",
+    "Epoch",
+    "Moment",
+    "Objective",
+    "RandomState",
+    "Step",
+    "Stop",
+    "StopWaiting",
+    "TrainingState",
+    "Trouble",
+    "changes",
+    "compiled",
+    "conditions",
+    "determinism",
+    "fastest_layout",
+    "is_exact",
+    "learning_rate_at",
+    "prepare_cublas",
+    "start",
+    "train",
+    "until",
+]
