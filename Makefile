@@ -31,6 +31,7 @@ fuzz: $(STAMP)        ## 10,000 random classifiers: what must hold of every cut 
 
 torture: $(STAMP)     ## runs that are killed, refused, cut off from power, damaged: nothing is lost
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture all --jobs 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.resuming "$$(mktemp -d)" --updates 60
 
 zoo: $(STAMP)         ## every model that has a name, into docs/zoo.md; hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.run capture modes others pairs trained decoder report

@@ -7,6 +7,22 @@ of 272 k parameters, 8.0 M multiply-adds) and a student of the same family with 
 both on 28×28 with a first stride of 2. The first 20,000 training images, the 10,000 test images;
 the recipe of the CIFAR-100 bench (SGD 0.05, momentum 0.9, weight decay 5e-4, batch 64, decays at
 62.5, 75 and 87.5 %) shrunk to --epochs. Lines are appended to fashion.jsonl.
+
+Accuracy after the last epoch; torch 2.13.0+cpu, one thread, 2026-11-21:
+
+    teacher                                       89.5%
+                                                  mean     seed 0   seed 1
+    labels, 15 epochs                             82.2%    82.25%   82.20%
+    KD, 15 epochs, 0.1 CE + 0.9 KL                83.9%    83.40%   84.44%
+    KD, 15 epochs, 1 CE + 1 KL                    84.5%    84.80%   84.20%
+    Block-KD, 15 epochs                           84.6%    83.68%   85.54%
+    Block-KD, 15 epochs, one random stone         84.3%    83.86%   84.65%
+    labels, 45 epochs (the compute of Block-KD)   86.2%    85.46%   86.90%
+    KD, 45 epochs, 0.1 CE + 0.9 KL                85.2%    84.71%   85.72%
+
+Per epoch the teacher is worth 2 points and the stones no more than plain distillation with the same
+factors: 0.1 points, where two seeds differ by 1.9. For equal compute a student so small learns more
+from three times as many epochs of labels alone. So this pair does not show a gain from stones.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdsurgeon import plugins
-from kdsurgeon.checkpoints import ModelCard
+from kdsurgeon.checkpoints import ModelCard, model_hash
 from kdsurgeon.errors import NumericsError, PlanError, UsageError
 from kdsurgeon.evaluation import accuracy
 from kdsurgeon.keeping import Keeper, load_weights, student_of
-from kdsurgeon.losses import Losses, block_kd_loss, can_fuse, kl, task_loss
-from kdsurgeon.losses.formulas import Distance
+from kdsurgeon.losses import Losses, block_kd_loss, can_fuse, load_distance, task_loss
+from kdsurgeon.ranks import Ranks
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Checkpoint, Run
 from kdsurgeon.stones import (
@@ -29,6 +28,7 @@ from kdsurgeon.stones import (
     stones_at,
     synthesize,
 )
+from kdsurgeon.teacher_cache import TaughtBatches
 from kdsurgeon.tracing import Inputs, in_mode, logits_of, move
 from kdsurgeon.training import (
     Batches,
@@ -37,14 +37,19 @@ from kdsurgeon.training import (
     Objective,
     Step,
     StopWaiting,
+    Together,
     TrainingState,
     Trouble,
     compiled,
     determinism,
+    scatter,
+    share,
     start,
     train,
     until,
 )
+
+ALONE = Ranks.alone()
 
 
 def distill(
@@ -98,6 +103,12 @@ class Distillation:
     validation: Batches | None
     teacher_accuracy: float | None
     notes: tuple[str, ...] = ()
+    together: Together | None = None
+    """with the other processes, where there are any; they all train the same model"""
+
+    @property
+    def ranks(self) -> Ranks:
+        return ALONE if self.together is None else self.together.ranks
 
     @property
     def student(self) -> nn.Module:
@@ -134,10 +145,12 @@ class Distillation:
             UsageError: something else changed since the checkpoint was saved; names it.
             NumericsError, ResourceError: as :func:`kdsurgeon.training.train`.
         """
+        scatter(self.recipe.seed, self.ranks.rank)
         state = start(self.model, self.recipe, averaged=self.student)
         kept = None
         if run is not None:
-            kept = Keeper(run, self.model, state, self.recipe, card or ModelCard())
+            card = card or ModelCard()
+            kept = Keeper(run, self.model, state, self.recipe, card, self.ranks)
             kept.begin(allow_change)
 
         def watched(step: Step) -> None:
@@ -161,6 +174,7 @@ class Distillation:
                 watch=watched,
                 finish=lambda epoch: self._measured(epoch, state, stop),
                 report=reported,
+                together=self.together,
             ):
                 if kept is not None:
                     kept.epoch(epoch)
@@ -171,14 +185,33 @@ class Distillation:
         if self.validation is None:
             return epoch
         try:
-            plain = accuracy(self.student, until(stop, self.validation))
+            plain = self._accuracy(self.validation, stop)
             if state.average is None:
                 return replace(epoch, accuracy=plain)
             with state.average.in_place():
-                averaged = accuracy(self.student, until(stop, self.validation))
+                averaged = self._accuracy(self.validation, stop)
             return replace(epoch, accuracy=plain, ema_accuracy=averaged)
         except StopWaiting:
             return replace(epoch, is_complete=False)
+
+    def _accuracy(self, validation: Batches, stop: Callable[[], bool]) -> float:
+        """The student's; raises StopWaiting, on all ranks where one was asked to stop."""
+        ignored = self.recipe.loss.ignore_index
+        if self.ranks.world == 1:
+            return accuracy(self.student, until(stop, validation), ignored=ignored)
+        asked = []
+
+        def part() -> Iterator[tuple[Inputs, Tensor]]:
+            for batch in self.ranks.part_of(validation):
+                yield batch
+                if stop():
+                    asked.append(True)
+                    return
+
+        found = accuracy(self.student, part(), self.ranks, ignored=ignored)
+        if any(self.ranks.all(bool(asked))):
+            raise StopWaiting
+        return found
 
 
 def prepare(
@@ -189,8 +222,13 @@ def prepare(
     plan: Plan | None = None,
     recipe: Recipe,
     validation: Batches | None = None,
+    ranks: Ranks = ALONE,
 ) -> Distillation:
-    """Everything up to the first step of :func:`distill`; takes and raises the same."""
+    """Everything up to the first step of :func:`distill`; takes and raises the same.
+
+    With several ``ranks``, each calls it on the whole ``batches`` and ``validation``, which must
+    have ``shard(rank, world)``.
+    """
     example, target = _first_batch(batches)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise UsageError("no weight of the student requires a gradient: there is nothing to train.")
@@ -199,10 +237,18 @@ def prepare(
         blocks = "auto" if recipe.method == "block-kd" else 0
         plan = partition(teacher, student, example, blocks=blocks)
     classes = plan.student.trace.num_classes
-    _check_labels(target, classes, recipe.loss.ignore_index)
-    measured = None if validation is None else check_teacher(teacher, validation)
+    _check_taught(teacher, batches)
+    batches = _Checked(
+        batches, classes, recipe.loss.ignore_index, one_size=recipe.method == "block-kd"
+    )
+    batches.check(target)
+    measured = (
+        None
+        if validation is None
+        else check_teacher(teacher, validation, ranks, ignored=recipe.loss.ignore_index)
+    )
     if recipe.method == "ce":
-        return _alone(student, batches, recipe, validation, measured)
+        return _alone(student, batches, recipe, validation, measured, ranks)
     for side, model in ((plan.teacher, teacher), (plan.student, student)):
         if side.trace.model is not model:
             raise PlanError(
@@ -212,35 +258,82 @@ def prepare(
             )
     if target.is_floating_point():  # a distance that needs class indices says so here
         few = target.new_zeros(target.shape)
-        _distance(recipe)(few[None], few, target, recipe.loss.temperature)
+        load_distance(recipe.loss.distance)(few[None], few, target, recipe.loss.temperature)
     stones = synthesize(plan, depths=chosen_depths(plan, recipe), seed=recipe.seed)
     if recipe.loss.adapter_init == "least-squares" and stones.depths:
         device = next(student.parameters()).device
         fit_adapters(stones, plan, (_few(inputs, device, None) for inputs, _ in batches))
     make = partial(objective, plan=plan, recipe=recipe)
-    loss, notes = _with_compile(stones, make, batches, recipe)
-    return Distillation(stones, loss, plan, batches, recipe, validation, measured, notes)
+    loss, notes, together = _made(stones, make, batches, recipe, ranks)
+    return Distillation(stones, loss, plan, batches, recipe, validation, measured, notes, together)
 
 
-def _with_compile(
+def _made(
     model: nn.Module,
     make: Callable[[Any], Objective],
     batches: Batches,
     recipe: Recipe,
-) -> tuple[Objective, tuple[str, ...]]:
-    """What ``make`` makes of the model, compiled where the recipe asks for it, and what to say."""
-    if not recipe.torch_compile:
-        return make(model), ()
+    ranks: Ranks,
+) -> tuple[Objective, tuple[str, ...], Together | None]:
+    """What ``make`` makes of the model, compiled where the recipe asks for it, what to say, and
+    the model shared with the other ranks."""
+    if not recipe.torch_compile and not recipe.sync_bn and ranks.world == 1:
+        return make(model), (), None
     device = next(model.parameters()).device
-    inputs, target = next(iter(batches))
+    inputs, target = next(iter(ranks.part_of(batches)))
     inputs, target = move(inputs, device), target.to(device)
 
     def trial(candidate: nn.Module) -> Tensor:
         with torch.autocast(device.type, getattr(torch, recipe.amp_dtype), enabled=recipe.amp):
             return make(candidate)(inputs, target, Moment(0.0, 0)).total
 
-    found, note = compiled(model, trial)
-    return make(found), (note,)
+    found, notes, together = model, (), None
+    if recipe.torch_compile:
+        found, note = compiled(model, trial)
+        notes = (note,)
+    if recipe.sync_bn:
+        _synchronise(model, device)
+    if ranks.world > 1:
+        together = _shared(model, ranks, trial, found, recipe)
+        found = together.module
+    return make(found), notes, together
+
+
+def _synchronise(model: nn.Module, device: torch.device) -> None:
+    """Let batch normalisation count the batches of all processes, in the modules as they stand:
+    the training graph calls these very objects."""
+    if device.type != "cuda":
+        raise UsageError(
+            "--sync-bn needs CUDA.",
+            why="torch's SyncBatchNorm has no code for other devices",
+            fix="leave it out; the running statistics are averaged in any case",
+        )
+    for name, module in model.named_modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            module.__class__ = nn.SyncBatchNorm
+            vars(module)["process_group"] = None  # all of them
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UsageError(
+                f"--sync-bn does not know how {type(module).__name__} normalises.",
+                where=name,
+                fix="leave it out, or give a model with torch's own batch normalisation",
+            )
+
+
+def _shared(
+    model: nn.Module,
+    ranks: Ranks,
+    trial: Callable[[nn.Module], Tensor],
+    runs: nn.Module,
+    recipe: Recipe,
+) -> Together:
+    """Adapters are not in every step where stones are drawn or change over the run, and the last
+    blocks of the student are not where its own logits count for nothing."""
+    apart = list(model.adapters.parameters()) if isinstance(model, SteppingStones) else []
+    has_logits = bool(recipe.loss.ce_weight or recipe.loss.kd_weight)
+    buckets = has_logits and not recipe.optim.auto_batch
+    model.train()
+    return share(model, ranks, trial, runs=runs, apart=apart, buckets=buckets)
 
 
 def _few(inputs: Inputs, device: torch.device, count: int | None = 2) -> Inputs:
@@ -300,6 +393,55 @@ def _dtypes(inputs: Inputs) -> str:
     return f"inputs of {', '.join(str(value.dtype) for value in inputs.values())}"
 
 
+def _check_taught(teacher: nn.Module, batches: Batches) -> None:
+    if isinstance(batches, TaughtBatches) and batches.teacher != model_hash(teacher):
+        raise UsageError(
+            "the batches hold the answers of another teacher.",
+            fix="ask this one: kdsurgeon.cache_teacher(teacher, batches)",
+        )
+
+
+class _Checked:
+    """Batches whose labels are looked at as they come, while they are still on the host."""
+
+    def __init__(
+        self, batches: Batches, classes: int, ignored: int | None, *, one_size: bool
+    ) -> None:
+        self._batches, self._one_size = batches, one_size
+        self._sizes: list[list[int]] | None = None
+        self.check = partial(_check_labels, classes=classes, ignored=ignored)
+
+    def __len__(self) -> int:
+        return len(self._batches) if isinstance(self._batches, Sized) else 0
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+        for inputs, target in self._batches:
+            if self._one_size:
+                self._check_sizes(inputs)
+            self.check(target)
+            yield inputs, target
+
+    def _check_sizes(self, inputs: Inputs) -> None:
+        """A graph holds for the sizes it was captured with; only the batch may vary."""
+        each = [inputs] if isinstance(inputs, Tensor) else list(inputs.values())
+        sizes = [list(value.shape[1:]) for value in each]
+        self._sizes = self._sizes or sizes
+        if sizes != self._sizes:
+            raise UsageError(
+                "a batch holds samples of another size than the first.",
+                first="; ".join(map(str, self._sizes)),
+                now="; ".join(map(str, sizes)),
+                fix="resize images, or pad sequences, to one size for the whole run",
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._batches, name)
+        if name == "shard":
+            known = {**self.check.keywords, "one_size": self._one_size}
+            return lambda rank, world: _Checked(found(rank, world), **known)
+        return found
+
+
 def _check_labels(target: Tensor, classes: int, ignored: int | None) -> None:
     if target.is_floating_point():
         _check_shares(target, classes)
@@ -337,7 +479,7 @@ def train_alone(
     model: nn.Module, batches: Batches, recipe: Recipe, *, validation: Batches | None = None
 ) -> Iterator[Epoch]:
     """Train ``model`` in place on labels only: what a teacher and every comparison start from."""
-    return _alone(model, batches, recipe, validation, None).epochs()
+    return _alone(model, batches, recipe, validation, None, ALONE).epochs()
 
 
 def _alone(
@@ -346,6 +488,7 @@ def _alone(
     recipe: Recipe,
     validation: Batches | None,
     teacher_accuracy: float | None,
+    ranks: Ranks,
 ) -> Distillation:
     def make(runner: nn.Module) -> Objective:
         def loss(inputs: Inputs, target: Tensor, _: Moment) -> Losses:
@@ -358,17 +501,21 @@ def _alone(
 
         return loss
 
-    loss, notes = _with_compile(model, make, batches, recipe)
-    return Distillation(model, loss, None, batches, recipe, validation, teacher_accuracy, notes)
+    loss, notes, together = _made(model, make, batches, recipe, ranks)
+    return Distillation(
+        model, loss, None, batches, recipe, validation, teacher_accuracy, notes, together
+    )
 
 
-def check_teacher(teacher: nn.Module, validation: Batches) -> float:
+def check_teacher(
+    teacher: nn.Module, validation: Batches, ranks: Ranks = ALONE, *, ignored: int | None = None
+) -> float:
     """The teacher's accuracy.
 
     Raises:
         NumericsError: it is near chance, so there is nothing to learn from it.
     """
-    measured = accuracy(teacher, validation)
+    measured = accuracy(teacher, ranks.part_of(validation), ranks, ignored=ignored)
     inputs, _ = next(iter(validation))
     with in_mode(teacher, training=False), torch.inference_mode():
         few = _few(inputs, next(teacher.parameters()).device)
@@ -385,7 +532,7 @@ def check_teacher(teacher: nn.Module, validation: Batches) -> float:
 
 def objective(stones: SteppingStones, plan: Plan, recipe: Recipe) -> Objective:
     """The recipe's loss of a batch, through the stones that are trained at that moment."""
-    numbers, distance = recipe.loss, _distance(recipe)
+    numbers, distance = recipe.loss, load_distance(recipe.loss.distance)
 
     def loss(inputs: Inputs, target: Tensor, moment: Moment) -> Losses:
         weights = stones_at(plan, recipe, moment.progress, moment.step)
@@ -408,18 +555,13 @@ def objective(stones: SteppingStones, plan: Plan, recipe: Recipe) -> Objective:
     return loss
 
 
-def _distance(recipe: Recipe) -> Distance:
-    name = recipe.loss.distance
-    return plugins.load("distances", name) if name != "kl" else kl
-
-
 def how_it_runs(recipe: Recipe, device: torch.device) -> str | None:
     """Which code computes the loss, and why not the fused kernel; None where there is no choice."""
     if device.type != "cuda" or recipe.method == "ce":
         return None
     if not recipe.loss.fused:
         return "operations of torch, as asked for"
-    chosen = _distance(recipe)
+    chosen = load_distance(recipe.loss.distance)
     few = torch.zeros(1, 1, 2, device=device)
     reason = can_fuse(few, few[0], torch.zeros(1, dtype=torch.int64, device=device), chosen)
     return f"operations of torch: {reason}" if reason else "one kernel for all terms"
@@ -439,7 +581,8 @@ def formula(plan: Plan, recipe: Recipe) -> str:
     if numbers.cross_weight and stones and numbers.cross_start < 1:
         cross = " + ".join([f"{name}(S, E)", *(f"{name}(N{i}, E)" for i, _ in stones)])
         begins = int(numbers.cross_start * recipe.epochs) + 1
-        lines.append(f"  + {numbers.cross_weight:g}·[{cross}] from epoch {begins}, E = mean of N")
+        mean = "the N of the step" if numbers.stones == "random" else "mean of N"
+        lines.append(f"  + {numbers.cross_weight:g}·[{cross}] from epoch {begins}, E = {mean}")
     lines.append(f"  τ = {tau}; S student, T teacher, N stepping stones")
     sets = [(0.0, numbers.stones), *numbers.stone_schedule] if stones else []
     for begins, stone_set in sets:

@@ -11,6 +11,7 @@
     ├── NumericsError       5  NaN, a parity gate, a quality gate
     ├── ResourceError       6  disk, memory, permission, device
     ├── PluginError         7  a plugin that fails to load
+    ├── ToldElsewhere          another of several processes failed, and tells why (its code)
     └── Interrupted       130  stopped by a signal, after saving (143 for SIGTERM)
 
 The number is the exit code of the command line. A message says what; its notes say where, why and
@@ -93,6 +94,14 @@ class PluginError(SurgeonError):
     """A plugin that fails to load; names its distribution."""
 
     exit_code = 7
+
+
+class ToldElsewhere(SurgeonError):
+    """Another of several processes failed, tells why, and this one ends with its exit code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of this run failed.")
+        self.exit_code = exit_code
 
 
 class Interrupted(SurgeonError):

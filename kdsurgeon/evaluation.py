@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdsurgeon.errors import DataError
+from kdsurgeon.ranks import Ranks, total
 from kdsurgeon.stones import SteppingStones
 from kdsurgeon.tracing import Inputs, in_mode, logits_of, move
 
@@ -29,12 +30,15 @@ class Report:
     def lost(self) -> dict[str, float]:
         """Agreement with the teacher that each part of the student loses, by name.
 
-        Stone i is the student up to block i and the teacher from there: what it agrees less than
-        the stone before is lost in the student's blocks between the two, or in the adapters. What
-        the student agrees less than the last stone is lost in its own last part.
+        Stone i is the student up to block i and the teacher from there. What a deeper stone, or
+        the student itself, still knows was not lost before: so the best of those from i on counts,
+        and what it agrees less than the best from i - 1 on is lost in the student's blocks between
+        the two, or in the adapters.
         """
         found, before, agreement = {}, 0, 1.0
-        for depth, reached in sorted(self.stone_agreement.items()):
+        for depth in sorted(self.stone_agreement):
+            deeper = (share for at, share in self.stone_agreement.items() if at >= depth)
+            reached = max(self.student_agreement, *deeper)
             name = f"block {depth}" if depth == before + 1 else f"blocks {before + 1} to {depth}"
             found[name] = agreement - reached
             before, agreement = depth, reached
@@ -52,9 +56,22 @@ class Report:
         return name if most > noise else None
 
 
+ALONE = Ranks.alone()
+
+
 @torch.inference_mode()
-def accuracy(model: nn.Module, batches: Iterable[tuple[Inputs, Tensor]]) -> float:
+def accuracy(
+    model: nn.Module,
+    batches: Iterable[tuple[Inputs, Tensor]],
+    ranks: Ranks = ALONE,
+    *,
+    ignored: int | None = None,
+) -> float:
     """The share of samples whose largest logit is the right class; in evaluation mode.
+
+    Samples of the label ``ignored`` do not count.
+
+    With several ``ranks``, ``batches`` are this one's part and the share is that of all samples.
 
     >>> images, labels = torch.eye(4).reshape(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
     >>> accuracy(nn.Flatten(), [(images, labels)])
@@ -64,16 +81,23 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Inputs, Tensor]]) -> floa
     with in_mode(model, training=False):
         for inputs, target in batches:
             inputs, target = move(inputs, _device(model)), target.to(_device(model))
-            right += int((logits_of(model, inputs).argmax(-1) == target).sum())
-            seen += len(target)
+            counted = torch.ones_like(target) if ignored is None else target != ignored
+            right += int(((logits_of(model, inputs).argmax(-1) == target) & counted.bool()).sum())
+            seen += int(counted.sum())
+    right, seen = total(ranks.all((right, seen)))
     if not seen:
         raise DataError("there is no sample to measure accuracy on.")
     return right / seen
 
 
 @torch.inference_mode()
-def evaluate(stones: SteppingStones, batches: Iterable[tuple[Inputs, Tensor]]) -> Report:
-    """Accuracy of student, teacher and each stone, from one pass of the training graph."""
+def evaluate(
+    stones: SteppingStones, batches: Iterable[tuple[Inputs, Tensor]], ranks: Ranks = ALONE
+) -> Report:
+    """Accuracy of student, teacher and each stone, from one pass of the training graph.
+
+    With several ``ranks``, ``batches`` are this one's part and the report is on all samples.
+    """
     right = torch.zeros(len(stones.depths) + 2)
     agree = torch.zeros(len(stones.depths) + 1)
     seen = 0
@@ -90,6 +114,10 @@ def evaluate(stones: SteppingStones, batches: Iterable[tuple[Inputs, Tensor]]) -
             seen += len(target)
     finally:
         stones.train(was_training)
+    everyone = ranks.all((right, agree, seen))
+    right = torch.stack([each[0] for each in everyone]).sum(0)
+    agree = torch.stack([each[1] for each in everyone]).sum(0)
+    seen = sum(each[2] for each in everyone)
     if not seen:
         raise DataError("there is no sample to measure accuracy on.")
     student, *each, teacher_right = (right / seen).tolist()

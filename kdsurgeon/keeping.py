@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,23 +16,30 @@ from torch import Tensor, nn
 
 from kdsurgeon.checkpoints import ModelCard, save_model
 from kdsurgeon.errors import ModelFileError, NumericsError
+from kdsurgeon.ranks import Ranks
 from kdsurgeon.recipe import Recipe
-from kdsurgeon.runs import Checkpoint, Run
+from kdsurgeon.runs import Checkpoint, Run, read_checkpoint
 from kdsurgeon.stones import SteppingStones
 from kdsurgeon.training import Epoch, Step, TrainingState, Trouble, changes, conditions, is_exact
 
 VERSION = 1
+_RANDOM = ("random", "epoch_random")
+"""Of rank 0; those of the others are called random-1, epoch_random-1, …"""
 
 
 @dataclass
 class Keeper:
-    """Writes what a run must not lose; one for each time that it is started or resumed."""
+    """Writes what a run must not lose; one for each time that it is started or resumed.
+
+    Of several ``ranks`` each has one and calls it at the same places; rank 0 writes.
+    """
 
     run: Run
     model: nn.Module
     state: TrainingState
     recipe: Recipe
     card: ModelCard
+    ranks: Ranks = field(default_factory=Ranks.alone)
     _saved: int = -1  # the update after which a checkpoint was taken last
 
     @property
@@ -46,27 +53,58 @@ class Keeper:
             UsageError: something changed that the bits of the run depend on.
             ModelFileError: the checkpoint lacks an item, or is that of another run.
         """
-        checkpoint, complaints = self.run.latest_checkpoint()
-        for complaint in complaints:
-            self.run.log(complaint)
+        self.run.keep_every = self.recipe.keep_every
+        checkpoint = self._newest()
         if checkpoint is None:
             self.save()  # whether the disk can take it shows before the first step
             return
         changed = changes(saved_conditions(checkpoint), self._conditions(), allow_change)
         load_weights(self.model, checkpoint)
-        tensors = {k: v for k, v in checkpoint.tensors.items() if k not in ("student", "adapters")}
-        if "device" in changed:  # its generators are not here
-            for name in ("random", "epoch_random"):
-                kept = {k: v for k, v in tensors[name].items() if not k.startswith("cuda.")}
-                tensors[name] = kept
-        self.state.restore(checkpoint.state["training"], tensors)
-        self.run.rewind(checkpoint)
+        self.state.restore(checkpoint.state["training"], self._own_tensors(checkpoint, changed))
         self._saved = self.state.step
-        self.run.log(f"resumed from {checkpoint.path.name}")
-        for name, (before, now) in changed.items():
-            self.run.log(f"changed: {name} was {before}, is {now}")
+
+        def note() -> None:
+            self.run.rewind(checkpoint)
+            self.run.log(f"resumed from {checkpoint.path.name}")
+            for name, (before, now) in changed.items():
+                self.run.log(f"changed: {name} was {before}, is {now}")
+
+        self.ranks.first_does(note)
         if not is_exact(changed):
             self.save()  # from here on it is a run with these conditions
+
+    def _newest(self) -> Checkpoint | None:
+        """Rank 0 finds the newest whole checkpoint; the others read the same."""
+        found: list[Checkpoint | None] = [None]
+
+        def find() -> str | None:
+            found[0], complaints = self.run.latest_checkpoint()
+            for complaint in complaints:
+                self.run.log(complaint)
+            return found[0].path.name if found[0] else None
+
+        name = self.ranks.first_does(find)
+        if name is None or self.ranks.is_first:
+            return found[0]
+        return read_checkpoint(self.run.path / "checkpoints" / name)
+
+    def _own_tensors(
+        self, checkpoint: Checkpoint, changed: Collection[str]
+    ) -> dict[str, dict[str, Tensor]]:
+        """What the state is restored from: the random numbers of this rank, all of the rest."""
+        known = self.state.tensors()
+        tensors = {name: checkpoint.tensors[name] for name in known if name in checkpoint.tensors}
+        for name in _RANDOM:
+            saved = checkpoint.tensors.get(_of_rank(name, self.ranks.rank))
+            if saved is None and "world-size" in changed:  # there was no such rank
+                saved = known[name]
+            if saved is None:  # restoring says so
+                tensors.pop(name, None)
+                continue
+            if "device" in changed:  # its generators are not here
+                saved = {k: v for k, v in saved.items() if not k.startswith("cuda.")}
+            tensors[name] = saved
+        return tensors
 
     def step(self, step: Step) -> None:
         """A checkpoint inside an epoch, where one is due."""
@@ -77,6 +115,10 @@ class Keeper:
 
     def epoch(self, epoch: Epoch) -> None:
         """Its line of metrics.jsonl, the best student so far, and a checkpoint after it."""
+        self.save(best=self.ranks.first_does(lambda: self._note_epoch(epoch)))
+
+    def _note_epoch(self, epoch: Epoch) -> bool:
+        """Whether no epoch before was better."""
         is_best = False
         if epoch.is_complete:
             before = max((line["accuracy"] or 0.0 for line in self.run.metrics()), default=-1.0)
@@ -86,10 +128,12 @@ class Keeper:
                 del numbers[name]
             self.run.add_metrics(numbers)
             self.run.log(f"epoch {epoch.number}/{epoch.epochs} loss {epoch.losses['total']:.4f}")
-        self.save(best=is_best)
+        return is_best
 
     def trouble(self, trouble: Trouble) -> None:
         """A line in train.log; for numbers that are not finite, a file with the samples, too."""
+        if not self.ranks.is_first:  # all have the same
+            return
         self.run.log(trouble.text)
         if trouble.what in ("loss", "gradient"):
             found = asdict(trouble) | {"value": str(trouble.value)}
@@ -102,6 +146,17 @@ class Keeper:
             NumericsError: a weight is not finite; what was saved before stays.
         """
         _check_finite(self.model, self.state.step)
+        own = self.state.tensors()
+        everyone = self.ranks.all({name: own[name] for name in _RANDOM})
+        random = {
+            _of_rank(name, rank): values
+            for rank, each in enumerate(everyone)
+            for name, values in each.items()
+        }
+        self.ranks.first_does(lambda: self._write(own | random, best=best))
+        self._saved = self.state.step
+
+    def _write(self, own: dict[str, dict[str, Tensor]], *, best: bool) -> None:
         folder = self.run.path / "student"
         save_model(self.student, folder / "last.safetensors", self.card)
         if best:
@@ -109,7 +164,7 @@ class Keeper:
         if self.state.average is not None:
             with self.state.average.in_place():
                 save_model(self.student, folder / "ema.safetensors", self.card)
-        tensors = {"student": self.student.state_dict(), **self.state.tensors()}
+        tensors = {"student": self.student.state_dict(), **own}
         if (adapters := _adapters(self.model)) is not None:
             tensors["adapters"] = adapters.state_dict()
         state = {
@@ -118,10 +173,14 @@ class Keeper:
             "conditions": self._conditions(),
         }
         self.run.save_checkpoint(self.state.step, tensors, state, best=best)
-        self._saved = self.state.step
 
     def _conditions(self) -> dict[str, Any]:
-        return conditions(self.recipe, next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
+        return conditions(self.recipe, device, self.ranks.world)
+
+
+def _of_rank(name: str, rank: int) -> str:
+    return f"{name}-{rank}" if rank else name
 
 
 def saved_conditions(checkpoint: Checkpoint) -> dict[str, Any]:

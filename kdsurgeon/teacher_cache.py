@@ -32,11 +32,12 @@ class TaughtBatches:
     """Batches whose inputs hold the teacher's logits beside the images.
 
     ``({"input": (B, C, H, W), "teacher_logits": (B, classes)}, labels)``, in the order and with the
-    images of ``batches``; ``table`` is (views, samples, classes).
+    images of ``batches``; ``table`` is (views, samples, classes), ``teacher`` the hash of the model
+    that was asked.
     """
 
-    def __init__(self, batches: Batches, table: Tensor) -> None:
-        self.batches, self.table = batches, table
+    def __init__(self, batches: Batches, table: Tensor, teacher: str) -> None:
+        self.batches, self.table, self.teacher = batches, table, teacher
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -54,7 +55,7 @@ class TaughtBatches:
         return self.batches.sample_ids(batch)
 
     def shard(self, rank: int, world: int) -> TaughtBatches:
-        return TaughtBatches(self.batches.shard(rank, world), self.table)
+        return TaughtBatches(self.batches.shard(rank, world), self.table, self.teacher)
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         known = self.table[self.batches.view]
@@ -90,14 +91,15 @@ def cache_teacher(
             fix="say how many views of each image there are (--teacher-views 10), or "
             "--augment none",
         )
-    key = _key(teacher, batches)
+    asked = model_hash(teacher)
+    key = _key(asked, batches)
     file = None if path is None else Path(path)
     if file is not None and file.exists():
-        return TaughtBatches(batches, _read(file, key, batches))
+        return TaughtBatches(batches, _read(file, key, batches), asked)
     table = _ask(teacher, batches)
     if file is not None:
         write_tensors({"logits": table}, file, {_KEY: json.dumps(key, sort_keys=True)})
-    return TaughtBatches(batches, table)
+    return TaughtBatches(batches, table, asked)
 
 
 def _ask(teacher: nn.Module, batches: Batches) -> Tensor:
@@ -114,7 +116,7 @@ def _ask(teacher: nn.Module, batches: Batches) -> Tensor:
     return torch.stack(found).clone()
 
 
-def _key(teacher: nn.Module, batches: Batches) -> dict[str, str | int]:
+def _key(teacher: str, batches: Batches) -> dict[str, str | int]:
     """What the logits depend on, in the words of the refusal."""
     data = batches.dataset
     pixels = hashlib.sha256(repr((data.images.shape, data.mean, data.std, data.scale)).encode())
@@ -123,7 +125,7 @@ def _key(teacher: nn.Module, batches: Batches) -> dict[str, str | int]:
     augmented = batches.augment != "none"
     return {
         "format": FORMAT,
-        "teacher": model_hash(teacher),
+        "teacher": teacher,
         "data": pixels.hexdigest(),
         "augmentation": batches.augment,
         "seed": batches.seed if augmented else 0,

@@ -94,7 +94,7 @@ def go(
 ) -> int:
     """Begin or go on with the run in ``folder``; how many updates, at most ``updates``, it took."""
     torch.set_num_threads(threads)
-    made = ready(recipe, data)
+    made = ready(recipe.replace(keep_every=1), data)
     is_new = not (folder / "config.yaml").exists()
     seen: list[int] = []
     if not is_new:  # whatever a fresh process begins with
@@ -102,7 +102,6 @@ def go(
         random.seed(9)
         np.random.seed(9)
     with Run.create(folder) if is_new else Run.resume(folder) as run:
-        run.keep_every = 1
         run.write("config.yaml", "x: 1\n")
         stop = lambda: updates is not None and len(seen) >= updates  # noqa: E731
         for _ in made.epochs(

@@ -555,6 +555,7 @@ def test_every_flag_that_a_message_advises_exists():
     known = {name for verb in VERBS.values() for parameter in verb.params
              for name in (*parameter.opts, *parameter.secondary_opts)}  # fmt: skip
     known |= {"--help", "--version", "--debug", "--json", "--no-plugins"}
+    known |= {"--nproc-per-node", "--max-restarts"}  # torchrun's
     assert len(advised) > 40
     assert advised - known == set()
 

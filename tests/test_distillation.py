@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import kdsurgeon
+from kdsurgeon.data import Batches, load
+from kdsurgeon.demo import build
 from kdsurgeon.distillation import (
     check_teacher,
     chosen_depths,
@@ -17,10 +19,11 @@ from kdsurgeon.distillation import (
     train_alone,
 )
 from kdsurgeon.errors import DataError, NumericsError, PlanError, TraceError, UsageError
-from kdsurgeon.evaluation import accuracy, evaluate
+from kdsurgeon.evaluation import Report, accuracy, evaluate
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Run
 from kdsurgeon.stones import partition, synthesize
+from kdsurgeon.teacher_cache import cache_teacher
 from kdsurgeon.views import accuracy_finding
 from tests import models
 from tests.test_stones import with_identity_adapters
@@ -424,3 +427,56 @@ def test_a_run_does_not_count_samples_of_the_ignored_label(method):
         (epoch,) = distill(*pair, [(images, other)], recipe=recipe)
         totals.append(epoch.losses["total"])
     assert all(map(math.isfinite, totals)) and totals[0] != totals[1]
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (torch.tensor([0, 1, 2, 3, 0, 99]), "a label is 99"),
+        (torch.tensor([0, 1, 2, 3, 0, -100]), "a label is -100"),
+        (torch.full((6, 3), 1 / 3), "the labels are shares of 3 classes"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused_in_whatever_batch_they_come(second, message):
+    pair = models.make("chain", seed=1), models.make("chain", seed=2)
+    batches = [(models.images(6), models.labels(6)), (models.images(6), second)]
+    with pytest.raises(UsageError, match=message):
+        list(distill(*pair, batches, recipe=Recipe(epochs=1)))
+
+
+def test_a_batch_of_another_size_is_refused_with_both_sizes():
+    pair = models.make("residual", seed=1), models.make("residual", seed=2)
+    batches = [(models.images(6), models.labels(6)), (models.images(6)[..., :6], models.labels(6))]
+    with pytest.raises(UsageError, match="another size") as caught:
+        list(distill(*pair, batches, recipe=Recipe(epochs=1)))
+    assert caught.value.notes["first"] != caught.value.notes["now"]
+
+
+def test_answers_of_another_teacher_are_refused():
+    digits = load("digits")
+    batches = Batches(digits.train, 256, shuffle=True, seed=0)
+    torch.manual_seed(0)
+    other, teacher, student = build("teacher"), build("teacher"), build("student")
+    taught = cache_teacher(other, batches)
+    with pytest.raises(UsageError, match="of another teacher"):
+        prepare(teacher, student, taught, recipe=Recipe(epochs=1))
+    prepare(other, student, taught, recipe=Recipe(epochs=1))
+
+
+def test_held_out_samples_of_the_ignored_label_do_not_count():
+    model = nn.Flatten()
+    images = torch.eye(4).reshape(4, 1, 2, 2)
+    for ignored in (-1, 0):  # a class, too
+        target = torch.tensor([ignored, 1, 3, ignored])
+        assert accuracy(model, [(images, target)], ignored=ignored) == 0.5
+
+
+def test_the_diagnosis_does_not_blame_a_block_whose_loss_a_deeper_stone_shows_not_to_be_one():
+    report = Report(
+        samples=1000, student=0.9, teacher=1.0, stones={1: 0.6, 2: 0.5, 3: 0.97},
+        student_agreement=0.9, stone_agreement={1: 0.6, 2: 0.5, 3: 0.97},
+    )  # fmt: skip
+    assert report.lost == pytest.approx(
+        {"block 1": 0.03, "block 2": 0.0, "block 3": 0.0, "the rest": 0.07}
+    )
+    assert report.weakest == "the rest"

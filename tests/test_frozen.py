@@ -266,3 +266,16 @@ def test_the_kernel_for_cuda_packs_what_numpy_packs(count, dtype):
         rectifier.kernels.cache_clear()
     assert torch.equal(result, wanted) and torch.equal(kept, bits)
     assert torch.equal(passed, gradient * (values > 0))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_rectifier_says_beforehand_what_shapes_it_gives(dtype, layout):
+    """For torch.compile, which plans without running it."""
+    value = torch.randn(3, 5, 4, 4).to(dtype).contiguous(memory_format=layout)
+    for x in (value, value[:, ::2]):  # the second has gaps
+        for check in ("test_schema", "test_faketensor"):
+            torch.library.opcheck(torch.ops.kdsurgeon.rectify, (x,), test_utils=check)
+            _, kept = torch.ops.kdsurgeon.rectify(x)
+            given = (torch.ones_like(x), kept, list(torch.relu(x).stride()))
+            torch.library.opcheck(torch.ops.kdsurgeon.where_kept, given, test_utils=check)

@@ -1,10 +1,13 @@
 import math
+import re
 
 import pytest
 import torch
 from torch.nn import functional
 
-from kdsurgeon.losses import Logits, block_kd_loss, kl, task_loss
+from kdsurgeon import plugins
+from kdsurgeon.errors import PluginError
+from kdsurgeon.losses import Logits, block_kd_loss, kl, load_distance, task_loss
 from kdsurgeon.losses.formulas import halving_weights
 
 
@@ -150,3 +153,41 @@ def test_the_number_of_operations_does_not_depend_on_the_number_of_stones(stones
         loss = block_kd_loss(logits, TARGET).total
         torch.autograd.grad(loss, [logits.student, logits.stones])
     assert Count.calls <= 44
+
+
+DISTANCES = {
+    "raises": (lambda s, t, y, tau: 1 / 0, "ZeroDivisionError"),
+    "takes less": (lambda s, t: s.sum(), "TypeError"),
+    "one number": (lambda s, t, y, tau: ((s - t) ** 2).mean(), r"it gave \(\), not \(2,\)"),
+    "one a row": (lambda s, t, y, tau: ((s - t) ** 2).mean(-1), r"\(2, 3\), not \(2,\)"),
+    "a float": (lambda s, t, y, tau: 0.5, "it gave float"),
+    "no gradient": (lambda s, t, y, tau: ((s - t) ** 2).mean((-1, -2)).detach(), "no gradient"),
+    "writes": (lambda s, t, y, tau: (s - t.mul_(2)).square().mean((-1, -2)), "writes into"),
+}
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_a_plugin_that_is_no_distance_is_refused_by_name_before_a_run(kind, monkeypatch):
+    distance, why = DISTANCES[kind]
+    monkeypatch.setattr(plugins, "load", lambda group, name: distance)
+    with pytest.raises(PluginError, match='the distance "dkd" of kdsurgeon') as caught:
+        load_distance("dkd")
+    assert re.search(why, str(caught.value.notes["why"]))
+
+
+def test_a_distance_that_fails_in_a_run_is_the_plugins_fault_but_for_memory(monkeypatch):
+    def distance(student, teacher, target, temperature):
+        if len(target) == 7:
+            raise torch.OutOfMemoryError("of the device")
+        if len(target) == 6:
+            raise ValueError("my bug")
+        return ((student - teacher) ** 2).mean((-1, -2))
+
+    monkeypatch.setattr(plugins, "load", lambda group, name: distance)
+    checked = load_distance("dkd")
+    logits = torch.zeros(1, 6, 4)
+    with pytest.raises(PluginError) as caught:
+        checked(logits, logits[0], torch.zeros(6, dtype=torch.int64), 1.0)
+    assert caught.value.notes["why"] == "ValueError: my bug"
+    with pytest.raises(torch.OutOfMemoryError):
+        checked(logits, logits[0], torch.zeros(7, dtype=torch.int64), 1.0)

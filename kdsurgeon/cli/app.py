@@ -20,10 +20,10 @@ from typer.main import get_command
 
 from kdsurgeon import __version__
 from kdsurgeon.cli import models, onnx, run
-from kdsurgeon.cli.console import complain, out
+from kdsurgeon.cli.console import complain, err, hush, out
 from kdsurgeon.cli.outputs import Output, check_outputs
 from kdsurgeon.cli.signals import terminable
-from kdsurgeon.errors import ResourceError, SurgeonError, UsageError, nearest
+from kdsurgeon.errors import ResourceError, SurgeonError, ToldElsewhere, UsageError, nearest
 
 app = typer.Typer(
     name="kdsurgeon",
@@ -82,6 +82,8 @@ def root(
 
 def main(arguments: Sequence[str], *, standalone: bool = True) -> int:
     """Run one command line; its exit code. Errors are printed, or raised if not ``standalone``."""
+    if os.environ.get("LOCAL_RANK") and os.environ.get("RANK", "0") != "0":
+        hush()  # torchrun's first process talks for all
     arguments, switches = _without_switches(arguments)
     if "--no-plugins" in switches:
         os.environ["KDSURGEON_NO_PLUGINS"] = "1"
@@ -122,6 +124,8 @@ def _without_switches(arguments: Sequence[str]) -> tuple[list[str], set[str]]:
 
 def _fail(error: Exception, switches: set[str]) -> int:
     """Print an error, whoever raised it, as one of ours; its exit code."""
+    if isinstance(error, ToldElsewhere):
+        return error.exit_code
     if "--debug" in switches:
         traceback.print_exception(error)
     ours = error if isinstance(error, SurgeonError) else _translated(error)
@@ -173,6 +177,8 @@ def _our_fault(error: Exception) -> SurgeonError:
 
 
 def _report(error: SurgeonError, switches: set[str]) -> None:
+    if err.quiet:
+        return
     if "--json" in switches:
         found = {"error": error.what, "code": error.exit_code, **error.notes}
         print(json.dumps(found), file=sys.stderr)

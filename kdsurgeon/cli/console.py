@@ -14,6 +14,11 @@ out = _Console(highlight=False, emoji=False)
 err = _Console(stderr=True, highlight=False, emoji=False)
 
 
+def hush(is_quiet: bool = True) -> None:
+    """Print nothing: one of several processes talks for all."""
+    out.quiet = err.quiet = is_quiet
+
+
 def warn(text: str) -> None:
     complain(f"warning: {text}")
 

@@ -280,7 +280,7 @@ def batches(config: RunConfig, split: Split) -> tuple[Batches, Batches]:
         shuffle=True,
         seed=config.seed,
         augment=augment,
-        views=wishes.teacher_views,
+        views=wishes.teacher_views and min(wishes.teacher_views, config.epochs),
         workers=_workers(wishes, split.train),
         device=device,
     )

@@ -141,16 +141,17 @@ def display(settings: RunConfig, folder: Path) -> Iterator[Display]:
 def in_words(losses: dict[str, float]) -> str:
     """``loss 9.03  ce 0.40|0.59 0.51  kd 1.63|2.55 1.47``: the student, then stone by stone.
 
-    >>> in_words({"total": 9.03, "ce student": 0.4, "ce stone 1": 0.59})
-    'loss 9.030  ce 0.40|0.59'
+    >>> in_words({"total": 9.03, "ce student": 0.4, "ce stone 2": 0.5, "ce stone 1": 0.59})
+    'loss 9.030  ce 0.40|0.59 0.50'
     """
     shown = [f"loss {losses['total']:.3f}"] if "total" in losses else []
+    stones = [name for name in _learners(losses) if name != "student"]
     for kind in KINDS:
-        values = {name: value for name, value in losses.items() if name.startswith(f"{kind} ")}
-        student = values.pop(f"{kind} student", None)
-        if student is not None:
-            stones = " ".join(f"{value:.2f}" for value in values.values())
-            shown.append(f"{kind} {student:.2f}" + (f"|{stones}" if stones else ""))
+        if f"{kind} student" not in losses:
+            continue
+        found = (losses.get(f"{kind} {stone}") for stone in stones)
+        values = " ".join("–" if value is None else f"{value:.2f}" for value in found)
+        shown.append(f"{kind} {losses[f'{kind} student']:.2f}" + (f"|{values}" if values else ""))
     return "  ".join(shown)
 
 

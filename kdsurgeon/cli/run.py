@@ -23,8 +23,10 @@ _KEYS = {
     "batch_size": "batch_size", "seed": "seed", "device": "device", "threads": "threads",
     "amp": "amp", "amp_dtype": "amp_dtype", "compile": "torch_compile",
     "channels_last": "channels_last", "deterministic": "deterministic",
-    "checkpoint_every": "checkpoint_every", "model_ema": "optim.model_ema",
-    "model_ema_decay": "optim.model_ema_decay", "skip_nan": "optim.skip_nan",
+    "sync_bn": "sync_bn",
+    "checkpoint_every": "checkpoint_every", "keep_every": "keep_every",
+    "model_ema": "optim.model_ema", "model_ema_decay": "optim.model_ema_decay",
+    "skip_nan": "optim.skip_nan",
     "auto_batch": "optim.auto_batch", "auto_batch_norm": "optim.auto_batch_norm",
     "lr": "optim.lr", "opt": "optim.opt", "sched": "optim.sched", "momentum": "optim.momentum",
     "weight_decay": "optim.weight_decay", "warmup_epochs": "optim.warmup_epochs",
@@ -144,10 +146,17 @@ def distill(
         bool | None,
         typer.Option("--deterministic/--no-deterministic", help="the same bits, also on CUDA"),
     ] = None,
+    sync_bn: Annotated[
+        bool | None,
+        typer.Option("--sync-bn/--no-sync-bn", help="batch norm over all processes, on CUDA"),
+    ] = None,
     model_ema: Annotated[
         bool | None, typer.Option("--model-ema/--no-model-ema", help="average the student, too")
     ] = None,
     model_ema_decay: Annotated[float | None, typer.Option(help="0.9998 by default")] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(help="every Nth checkpoint stays, beside two and the best")
+    ] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="updates between checkpoints, beside those of epochs")
     ] = None,
@@ -197,10 +206,12 @@ def distill(
     if resume is not None:
         _check_resume(given)
         from kdsurgeon.cli.session import resume_session
+        from kdsurgeon.ranks import Ranks
 
         return resume_session(
-            resume, trust_code or (), overrides, spelled=spelled, allow_change=allowed
-        )
+            resume, trust_code or (), overrides, spelled=spelled, allow_change=allowed,
+            ranks=Ranks.from_environment(),
+        )  # fmt: skip
     if allowed:
         raise UsageError(
             "--allow-change is for a run that goes on.", fix="leave it out, or add --resume FOLDER"
@@ -214,8 +225,11 @@ def distill(
     if settings.output:
         _check_folder(Path(settings.output), settings, config)
     from kdsurgeon.cli.session import start_session
+    from kdsurgeon.ranks import Ranks
 
-    return start_session(settings, trust_code or (), dry_run=dry_run)
+    return start_session(
+        settings, trust_code or (), dry_run=dry_run, ranks=Ranks.from_environment()
+    )
 
 
 def _check_resume(given: dict[str, Any]) -> None:

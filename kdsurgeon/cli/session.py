@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,12 +17,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kdsurgeon import __version__
 from kdsurgeon.checkpoints import Loaded, ModelCard, load_model
 from kdsurgeon.cli import inputs, reconciling
-from kdsurgeon.cli.console import out, say, warn
+from kdsurgeon.cli.console import hush, out, say, warn
 from kdsurgeon.cli.live import display, duration
 from kdsurgeon.cli.signals import interruptible
 from kdsurgeon.data import Batches, Split
@@ -35,6 +37,7 @@ from kdsurgeon.errors import (
 )
 from kdsurgeon.evaluation import Report, accuracy, evaluate
 from kdsurgeon.keeping import saved_conditions
+from kdsurgeon.ranks import Ranks
 from kdsurgeon.recipe import DataRecipe, RunConfig, read_config, write_yaml
 from kdsurgeon.runs import Checkpoint, Run, check_is_free, environment
 from kdsurgeon.stones import Certificate, Forecast, Plan, SteppingStones, certify, forecast
@@ -51,6 +54,8 @@ from kdsurgeon.training import (
 )
 from kdsurgeon.views import accuracy_table, draw_plan, plan_table, run_report
 
+ALONE = Ranks.alone()
+
 
 @dataclass(frozen=True)
 class Session:
@@ -63,6 +68,7 @@ class Session:
     train: Batches | TaughtBatches
     validation: Batches
     plan: Plan
+    ranks: Ranks
 
     @property
     def card(self) -> ModelCard:
@@ -93,14 +99,19 @@ class Session:
             plan=self.plan,
             recipe=self.settings,
             validation=self.validation,
+            ranks=self.ranks,
         )
 
 
-def open_session(settings: RunConfig, trust: Sequence[str], plan: Path | None) -> Session:
+def open_session(
+    settings: RunConfig, trust: Sequence[str], plan: Path | None, ranks: Ranks
+) -> Session:
     """Load both models and the data, and plan; raises when anything does not fit."""
     if settings.threads:
         torch.set_num_threads(inputs.check_threads(settings.threads))
     torch.manual_seed(settings.seed)
+    random.seed(settings.seed)
+    np.random.seed(settings.seed % 2**32)
     device = inputs.pick_device(settings.device)
     teacher = load_model(
         settings.teacher, arch=settings.teacher_arch, trust=trust, flag="--teacher-arch"
@@ -130,26 +141,78 @@ def open_session(settings: RunConfig, trust: Sequence[str], plan: Path | None) -
     train, validation = inputs.batches(settings, split)
     asks_once = settings.data.teacher_views is not None or settings.teacher_cache is not None
     if asks_once and settings.method != "ce":
-        train = cache_teacher(teacher.model, train, path=settings.teacher_cache)
-    return Session(settings, teacher, student, split, train, validation, found)
+        train = _taught(teacher, train, settings.teacher_cache, ranks)
+    return Session(settings, teacher, student, split, train, validation, found, ranks)
 
 
-def start_session(settings: RunConfig, trust: Sequence[str], *, dry_run: bool) -> None:
-    """A new run from its settings."""
-    if settings.output:
-        check_is_free(settings.output)  # said before models and data are loaded
+def _taught(teacher: Loaded, train: Batches, path: str | None, ranks: Ranks) -> TaughtBatches:
+    """With the teacher's logits; rank 0 asks for them, if there is a file to read them from."""
+    if ranks.world > 1 and path is not None:
+        ranks.first_does(lambda: cache_teacher(teacher.model, train, path=path) and None)
+    return cache_teacher(teacher.model, train, path=path)
+
+
+@contextmanager
+def _joined(settings: RunConfig, ranks: Ranks) -> Iterator[None]:
+    """With the other processes of the run, where torchrun started several."""
+    device = inputs.pick_device(settings.device)
+    with ranks.joined(device, speak=lambda: hush(False)):
+        ranks.device(settings.device, inputs.pick_device)
+        yield
+
+
+@contextmanager
+def _held(ranks: Ranks, hold: Callable[[], Run], folder: Path) -> Iterator[Run]:
+    """The run folder, which rank 0 holds and writes to; the others read from it."""
+    held: list[Run] = []
+    ranks.first_does(lambda: held.append(hold()))
+    with held[0] if held else Run(folder, None) as run:
+        yield run
+
+
+def start_session(
+    settings: RunConfig, trust: Sequence[str], *, dry_run: bool, ranks: Ranks = ALONE
+) -> None:
+    """A new run from its settings; by a process that torchrun started anew, the one it was in."""
     if settings.deterministic:
         prepare_cublas()
-    session = open_session(settings, trust, Path(settings.plan) if settings.plan else None)
+    with _joined(settings, ranks):
+        if ranks.restarts and _has_begun(settings, ranks):
+            assert settings.output is not None
+            return _go_on(Path(settings.output), trust, {}, {}, (), ranks)
+        if settings.output:  # said before models and data are loaded
+            output = settings.output
+            ranks.first_does(lambda: check_is_free(output))
+        return _start(settings, trust, dry_run, ranks)
+
+
+def _has_begun(settings: RunConfig, ranks: Ranks) -> bool:
+    """Whether the run was there before torchrun started its processes anew."""
+    if settings.output is None:
+        raise UsageError(
+            "the processes were started anew, and nothing says which run they were in.",
+            fix="name its folder when --max-restarts is given: --output FOLDER",
+        )
+    config = Path(settings.output) / "config.yaml"
+    return ranks.first_does(config.is_file)
+
+
+def _start(settings: RunConfig, trust: Sequence[str], dry_run: bool, ranks: Ranks) -> None:
+    session = open_session(settings, trust, Path(settings.plan) if settings.plan else None, ranks)
     ready, proof = announce(session)
     if dry_run:
         _rehearse(ready)
         return
-    folder = Path(settings.output) if settings.output else _fresh_folder(session)
-    with Run.create(folder) as run:
+    named = Path(settings.output) if settings.output else _fresh_folder(session)
+    folder = ranks.first_does(lambda: named)
+
+    def record() -> None:
         run.write("plan.yaml", session.plan.to_yaml(proof.as_dict() if proof else None))
         run.write("run.json", json.dumps(_record(session, ready, run.path), indent=1))
         run.write("config.yaml", write_yaml(settings.dump()))
+
+    with _held(ranks, lambda: Run.create(folder), folder) as run:
+        ranks.first_does(record)
         _train(session, ready, run)
 
 
@@ -160,12 +223,32 @@ def resume_session(
     *,
     spelled: Mapping[str, str],
     allow_change: Sequence[str],
+    ranks: Ranks = ALONE,
 ) -> None:
     """Go on with the run in ``folder``, from its newest whole checkpoint.
 
     Raises :class:`UsageError` when a setting changed that the bits of the run depend on.
     """
-    with at_home(Run.look(folder).path) as (folder, before), Run.resume(folder) as run:
+    with at_home(Run.look(folder).path) as (folder, _):
+        settings = read_config(folder / "config.yaml", overrides, spelled=spelled)
+        if settings.deterministic:
+            prepare_cublas()
+        with _joined(settings, ranks):
+            _go_on(folder, trust, overrides, spelled, allow_change, ranks)
+
+
+def _go_on(
+    folder: Path,
+    trust: Sequence[str],
+    overrides: Mapping[str, Any],
+    spelled: Mapping[str, str],
+    allow_change: Sequence[str],
+    ranks: Ranks,
+) -> None:
+    with (
+        at_home(Run.look(folder).path) as (folder, before),
+        _held(ranks, lambda: Run.resume(folder), folder) as run,
+    ):
         checkpoint, complaints = run.latest_checkpoint()
         for complaint in complaints:
             warn(f"{complaint} An older one is used.")
@@ -175,20 +258,25 @@ def resume_session(
         threads = overrides.get("threads") or wanted
         if threads:  # another number gives other bits
             torch.set_num_threads(inputs.check_threads(threads))
-        if settings.deterministic:
-            prepare_cublas()
         device = inputs.pick_device(settings.device)
-        was = saved_conditions(checkpoint) if checkpoint else conditions(before, device)
-        changed = changes(was, conditions(settings, device), allow_change)
+        now = conditions(settings, device, ranks.world)
+        was = (
+            saved_conditions(checkpoint) if checkpoint else conditions(before, device, ranks.world)
+        )
+        changed = changes(was, now, allow_change)
         _tell_changes(changed, checkpoint, settings)
-        session = open_session(settings, trust, plan=folder / "plan.yaml")
+        session = open_session(settings, trust, folder / "plan.yaml", ranks)
         _check_same_files(session, recorded)
         if len(run.metrics()) >= settings.epochs:
             say(f"{folder} has finished its epochs before: nothing is left to train")
         ready, _ = announce(session)
-        if changed:
-            run.write("config.yaml", write_yaml(settings.dump()))
-        _record_resume(run, checkpoint, changed)
+
+        def record() -> None:
+            if changed:
+                run.write("config.yaml", write_yaml(settings.dump()))
+            _record_resume(run, checkpoint, changed)
+
+        ranks.first_does(record)
         _train(session, ready, run, allow_change)
 
 
@@ -238,7 +326,7 @@ def announce(session: Session) -> tuple[Distillation, Certificate | None]:
     counts = f"{len(train):,} training and {len(val):,} validation images"
     say(f"data     {settings.data_dir}: {counts}, {train.num_classes} classes")
     say(f"teacher  {session.teacher.source}: accuracy {ready.teacher_accuracy:.2%}")
-    proof = certify(plan) if plan.stones else None
+    proof = certify(plan) if plan.stones and session.ranks.is_first else None
     if proof:
         out.print(plan_table(plan, _forecast(session), proof))
     say(formula(plan, settings))
@@ -259,7 +347,7 @@ def _forecast(session: Session) -> Forecast:
 def _rehearse(ready: Distillation) -> None:
     """Three steps with everything but the update, for a forecast of the time."""
     device = next(ready.model.parameters()).device
-    steps = list(islice(iter(ready.batches), 4))
+    steps = list(islice(iter(ready.ranks.part_of(ready.batches)), 4))
     began = 0.0
     for index, (batch, target) in enumerate(steps):
         if index == 1 or len(steps) == 1:
@@ -279,8 +367,9 @@ def _rehearse(ready: Distillation) -> None:
 def _train(
     session: Session, ready: Distillation, run: Run, allow_change: Sequence[str] = ()
 ) -> None:
-    settings, stop = session.settings, Stop()
-    with interruptible(stop) as interrupt, display(settings, run.path) as shown:
+    settings, stop, ranks = session.settings, Stop(), session.ranks
+    told = settings if ranks.is_first else settings.replace(track=())
+    with interruptible(stop) as interrupt, display(told, run.path) as shown:
         epochs = ready.epochs(
             run=run,
             card=session.card,
@@ -297,18 +386,24 @@ def _train(
             if checkpoint is not None:
                 error.notes.setdefault("kept", str(checkpoint.path))
             raise
-    if interrupt.signal and len(run.metrics()) < settings.epochs:
-        name = signal.Signals(interrupt.signal).name
+    number = max(ranks.all(int(interrupt.signal)))
+    if number and ranks.first_does(lambda: len(run.metrics())) < settings.epochs:
+        name = signal.Signals(number).name
         raise Interrupted(
             f"interrupted ({name}): everything is saved in {run.path}.",
             fix=f"go on: kdsurgeon distill --resume {shlex.quote(str(run.path))}",
-            exit_code=128 + interrupt.signal,
+            exit_code=128 + number,
         )
     final = None
     if isinstance(ready.model, SteppingStones):
-        final = evaluate(ready.model, session.validation)
+        final = evaluate(ready.model, ranks.part_of(session.validation), ranks)
         out.print(accuracy_table(final))
-    run.write("report.html", _report(session, ready, run, final))
+
+    def end() -> None:
+        run.write("report.html", _report(session, ready, run, final))
+        run.seal()
+
+    ranks.first_does(end)
     lines = run.metrics()
     best = max(lines, key=lambda line: line["accuracy"])
     say(f"last     {run.path}/student/last.safetensors, accuracy {lines[-1]['accuracy']:.2%}")
@@ -333,7 +428,7 @@ def _report(session: Session, ready: Distillation, run: Run, final: Report | Non
 def evaluate_run(folder: Path, trust: Sequence[str]) -> None:
     """Student, teacher and every stone of a run on its validation data."""
     with at_home(folder) as (folder, settings), Run.look(folder) as run:
-        session = open_session(settings, trust, folder / "plan.yaml")
+        session = open_session(settings, trust, folder / "plan.yaml", ALONE)
         checkpoint, complaints = run.latest_checkpoint()
         for complaint in complaints:
             warn(complaint)
@@ -380,6 +475,7 @@ def _record(session: Session, ready: Distillation, folder: Path) -> dict[str, An
         "recipe": session.settings.hash(),
         "exact": _is_exact(session),
         "threads": torch.get_num_threads(),
+        "processes": session.ranks.world,
         "started_in": os.path.relpath(Path.cwd(), folder),  # seen from the run folder
     }
 

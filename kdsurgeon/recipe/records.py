@@ -201,7 +201,8 @@ FREE_ON_RESUME = frozenset(
     {
         "output", "checkpoint_every", "optim.skip_nan", "optim.auto_batch",
         "optim.auto_batch_norm", "track", "log_interval", "teacher_cache",
-        "teacher", "student", "data_dir", "plan",
+        "teacher", "student", "data_dir", "plan", "keep_every", "data.workers",
+        "data.data_device",
     }
 )  # fmt: skip
 """Keys that a resumed run may change: no bit of it depends on them. Of files it is compared what
@@ -447,10 +448,14 @@ class Recipe(Section):
     """images with channels last in memory; null: where the model can take it; ours"""
     deterministic: Switch = False
     """only operations that give the same bits again, also on CUDA; ours"""
+    sync_bn: Switch = False
+    """batch normalisation counts the whole batch of several processes, on CUDA; ours, as timm's"""
     checkpoint_every: Annotated[
         Count | None, Must("a whole number from 1 to 1,000,000, or null")
     ] = None
     """updates between two checkpoints inside an epoch; null: at the ends of epochs only; ours"""
+    keep_every: Tolerance = 0
+    """every Nth checkpoint stays, beside the last two and the best; 0: none; ours"""
     loss: LossRecipe = LossRecipe()
     """the loss"""
     optim: OptimRecipe = OptimRecipe()

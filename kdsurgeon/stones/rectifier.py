@@ -51,13 +51,28 @@ class _Rectify(torch.autograd.Function):
 @torch.library.custom_op("kdsurgeon::rectify", mutates_args=())
 def _rectify(value: Tensor) -> tuple[Tensor, Tensor]:
     """ReLU, and where it is above zero: eight values a byte in the order of memory, or a mask."""
-    if value.device.type == "cuda" and _is_dense(value) and find_spec("triton"):
+    if not _packs(value):
+        result = torch.relu(value)
+        return result, result > 0
+    if value.device.type == "cuda":
         return pack(value)
     result = torch.relu(value)
-    if result.device.type != "cpu" or result.dtype == torch.bfloat16 or not _is_dense(result):
-        return result, result > 0
     flat = result.as_strided((result.numel(),), (1,)).numpy()
     return result, torch.from_numpy(np.packbits(flat > 0, bitorder="little"))
+
+
+@_rectify.register_fake
+def _(value: Tensor) -> tuple[Tensor, Tensor]:
+    if not _packs(value):
+        return value.relu(), value > 0
+    return torch.empty_like(value), value.new_empty((value.numel() + 7) // 8, dtype=torch.uint8)
+
+
+def _packs(value: Tensor) -> bool:
+    """Whether a bit is kept for each value, and not a byte."""
+    if value.device.type == "cuda":
+        return _is_dense(value) and find_spec("triton") is not None
+    return value.device.type == "cpu" and value.dtype != torch.bfloat16 and _is_dense(value)
 
 
 @torch.library.custom_op("kdsurgeon::where_kept", mutates_args=())
@@ -74,6 +89,13 @@ def _where_kept(gradient: Tensor, kept: Tensor, stride: list[int]) -> Tensor:
     flat = [each.as_strided((count,), (1,)).numpy() for each in (gradient, result)]
     np.multiply(flat[0], mask, out=flat[1])  # 2.7 times faster than torch with a mask of booleans
     return result
+
+
+@_where_kept.register_fake
+def _(gradient: Tensor, kept: Tensor, stride: list[int]) -> Tensor:
+    if kept.dtype == torch.bool:
+        return gradient * kept
+    return gradient.new_empty_strided(gradient.shape, stride)
 
 
 def _is_dense(value: Tensor) -> bool:

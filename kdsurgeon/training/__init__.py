@@ -11,10 +11,11 @@ from kdsurgeon.training.exactness import (
 from kdsurgeon.training.layout import fastest_layout
 from kdsurgeon.training.loop import train
 from kdsurgeon.training.optimising import Average, learning_rate_at
-from kdsurgeon.training.randomness import RandomState
+from kdsurgeon.training.randomness import RandomState, scatter
 from kdsurgeon.training.records import Batches, Epoch, Moment, Objective, Step, Trouble
 from kdsurgeon.training.state import TrainingState, start
 from kdsurgeon.training.stopping import Stop, StopWaiting, until
+from kdsurgeon.training.together import Together, share
 
 __all__ = [
     "Average",
@@ -26,6 +27,7 @@ __all__ = [
     "Step",
     "Stop",
     "StopWaiting",
+    "Together",
     "TrainingState",
     "Trouble",
     "changes",
@@ -36,6 +38,8 @@ __all__ = [
     "is_exact",
     "learning_rate_at",
     "prepare_cublas",
+    "scatter",
+    "share",
     "start",
     "train",
     "until",

@@ -21,6 +21,7 @@ from kdsurgeon.training.randomness import RandomState
 from kdsurgeon.training.records import Batches, Epoch, Moment, Objective, Step, Trouble
 from kdsurgeon.training.state import TrainingState, start
 from kdsurgeon.training.stopping import StopWaiting, waiting
+from kdsurgeon.training.together import Together
 from kdsurgeon.training.updating import Batch, Updater
 
 
@@ -35,6 +36,7 @@ def train(
     watch: Callable[[Step], None] = lambda _: None,
     finish: Callable[[Epoch], Epoch] = lambda epoch: epoch,
     report: Callable[[Trouble], None] = lambda _: None,
+    together: Together | None = None,
 ) -> Iterator[Epoch]:
     """Train ``model`` in place, yielding after every epoch.
 
@@ -51,6 +53,8 @@ def train(
         finish: what else belongs to an epoch, such as its evaluation; where it gives the epoch
             back with ``is_complete`` False, the run ends, and does it again when it goes on.
         report: told about every update that could not be taken as it was.
+        together: with other processes, of which each runs this on its part of ``batches``, which
+            are the whole ones here, too.
 
     Raises:
         NumericsError: loss or gradient is not finite; names the step; the step is not taken.
@@ -58,8 +62,13 @@ def train(
     """
     state = start(model, recipe) if state is None else state
     count = _count(batches)
-    updater = Updater(model, objective, recipe, state, report, _names_of(batches))
+    names, whole = _names_of(batches), batches
+    updater = Updater(model, objective, recipe, state, report, names, together, stop)
+    if together is not None:
+        batches, stop = together.ranks.part_of(whole), lambda: together.asked
     while state.epoch < recipe.epochs:
+        if batches is not whole and hasattr(whole, "set_epoch"):
+            whole.set_epoch(state.epoch)  # pyright: ignore[reportAttributeAccessIssue]
         began, seen = time.monotonic(), state.samples
         stopped = False
         model.train()

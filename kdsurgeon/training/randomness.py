@@ -91,3 +91,12 @@ class RandomState:
             tensors["cpu"],
             tuple(tensors[f"cuda.{index}"] for index in range(len(now) - 5)),
         )
+
+
+def scatter(seed: int, rank: int) -> None:
+    """Let a process draw other numbers than those of another rank, for dropout; rank 0 goes on."""
+    if rank:
+        drawn = np.random.SeedSequence([seed, rank]).generate_state(3).tolist()
+        random.seed(drawn[0])
+        np.random.seed(drawn[1])
+        torch.manual_seed(drawn[2])

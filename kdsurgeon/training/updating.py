@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from kdsurgeon.training.randomness import RandomState
 from kdsurgeon.training.records import Moment, Objective, Trouble
 from kdsurgeon.training.state import TrainingState
 from kdsurgeon.training.stopping import StopWaiting
+
+if TYPE_CHECKING:
+    from kdsurgeon.training.together import Together
 
 Batch = tuple[Inputs, Tensor, Moment]
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,9 +37,12 @@ class Updater:
         state: TrainingState,
         report: Callable[[Trouble], None],
         samples: Callable[[int, int], Sequence[str | int]],
+        together: Together | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model, self.objective, self.recipe, self.state = model, objective, recipe, state
         self.report, self.samples = report, samples
+        self.together, self.stop = together, stop
         self.device = next(model.parameters()).device
         self.layout = _wanted_layout(recipe)
         self._before = Before(model)
@@ -53,12 +60,17 @@ class Updater:
         self._before.remember()
         held: list[Batch] = []
         try:
+            if self.together is not None:
+                group = list(group)
+                self.together.begin(group, self._counted)
             found = self._gradient_of_all(group, held, size)
         except StopWaiting:
             self._undo()
             raise
         if found:
-            # Several processes would average here: gradients and floating-point buffers, flat.
+            if self.together is not None:
+                found = self.together.losses(found, self.stop())
+                self.together.average(self.model)
             self._update(found, held)
             self.state.batch += len(found)
 
@@ -69,17 +81,26 @@ class Updater:
         in smaller parts, and where a program could not be compiled without compiling."""
         source = iter(group)
         while True:
+            found, text = [], ""
             try:
-                return [self._gradient(batch, size) for batch in _held(source, held)]
+                for batch in _held(source, held):
+                    found.append(self._gradient(batch, size))
             except torch.OutOfMemoryError as error:
                 text = _first_line(error)
             except Exception as error:
                 self._go_on_without_compiling(error)  # raises what has nothing to do with it
                 continue
+            count = len(held[-1][1]) if held else 0
+            if self.together is not None and self.recipe.optim.auto_batch:
+                everyone = self.together.ranks.all((text, count))
+                text = next((theirs for theirs, _ in everyone if theirs), "")
+                count = max(theirs for _, theirs in everyone)
+            if not text:
+                return found
             self._undo()  # out of the except clause, which holds on to the activations
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._use_smaller_parts(held[-1], size, text)
+            self._use_smaller_parts(held[-1], count, size, text)
 
     def _gradient(self, batch: Batch, size: int) -> tuple[Losses, int]:
         """Add a ``size``-th of the batch's gradient; its losses, and how many samples it has."""
@@ -89,15 +110,23 @@ class Updater:
             self.layout = fastest_layout(self.model, self.objective, inputs, target, moment)
         inputs = arranged(inputs, self.layout)
         found: list[tuple[Losses, float]] = []
-        for few, labels, share in self._parts(inputs, target):
+        parts = list(self._parts(inputs, target))
+        counts = 1.0 if self.together is None else self.together.factor(moment.step)
+        for index, (few, labels, share) in enumerate(parts):
             dtype = _DTYPES[self.recipe.amp_dtype]
-            with torch.autocast(self.device.type, dtype, enabled=self.recipe.amp):
-                losses = self.objective(few, labels, moment)
-            factor = share / size
-            total = losses.total if factor == 1 else losses.total * factor
-            self._backward(total)
+            with self._passing(moment, is_last=index == len(parts) - 1):
+                with torch.autocast(self.device.type, dtype, enabled=self.recipe.amp):
+                    losses = self.objective(few, labels, moment)
+                factor = share / size * counts
+                total = losses.total if factor == 1 else losses.total * factor
+                self._backward(total)
             found.append((Losses(losses.total.detach(), losses.parts), share))
         return _mean(found), len(target)
+
+    def _passing(self, moment: Moment, *, is_last: bool) -> AbstractContextManager[None]:
+        if self.together is None:
+            return nullcontext()
+        return self.together.passing(moment.step, is_last)
 
     def _backward(self, total: Tensor) -> None:
         try:
@@ -227,9 +256,10 @@ class Updater:
             "up to ten such updates",
         )
 
-    def _use_smaller_parts(self, batch: Batch, size: int, error: str) -> None:
-        """Halve what goes through the model at once, or say how much would fit."""
-        state, count = self.state, len(batch[1])
+    def _use_smaller_parts(self, batch: Batch, count: int, size: int, error: str) -> None:
+        """Halve what goes through the model at once, or say how much would fit; ``count`` is the
+        largest part of a batch that any process has."""
+        state = self.state
         if self.recipe.optim.auto_batch and state.splits < count:
             state.splits = min(2 * state.splits, count)
             text = f"out of memory: batches of {count} go through in {state.splits} parts from here"
@@ -240,6 +270,13 @@ class Updater:
         if self.recipe.optim.auto_batch:
             raise ResourceError(
                 "not even one sample fits into the memory of the device.", why=error
+            )
+        if self.together is not None:  # the others could not take part in trying
+            raise ResourceError(
+                f"this process's {count} images of a batch do not fit into the memory of the "
+                "device.",
+                why=error,
+                fix="--auto-batch, a smaller --batch-size, or more processes",
             )
         fits = self._largest_that_fits(batch, size)
         steps = self.recipe.optim.grad_accum_steps

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tests.torture import damage, faults, kills, power, seeded, soak
+from tests.torture import damage, elastic, faults, kills, power, seeded, soak
 
 SHOWN = 20  # problems that are printed
 RAM_DISK = Path("/dev/shm")
@@ -132,6 +132,14 @@ PARTS = {
         lambda base: base,
         lambda _, count, seed: ["", *power.FAULTS],
         _cut_power,
+    ),
+    "elastic": Part(
+        "G14",
+        "kills of a rank under torchrun",
+        20,
+        elastic.Whole,
+        _seeds,
+        lambda subject, seed: _one(subject.problems(seed), f"seed {seed}"),
     ),
     "fallback": Part(
         "G10",

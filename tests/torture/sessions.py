@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,12 @@ class Session:
 
     def __call__(self) -> None:
         ready, initial = _prepared(self.epochs)
+        ready = replace(ready, recipe=ready.recipe.replace(keep_every=self.keep_every))
         torch.manual_seed(0)
         ready.model.load_state_dict(initial)
         is_begun = (self.folder / "config.yaml").is_file()
         run = Run.resume(self.folder) if is_begun else Run.create(self.folder)
         try:
-            run.keep_every = self.keep_every
             if not is_begun:
                 run.write("config.yaml", f"epochs: {self.epochs}\n")
             for _ in ready.epochs(run=run):
