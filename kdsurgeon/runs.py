@@ -116,10 +116,16 @@ class Run:
         return run
 
     def _tidy(self) -> None:
-        """Remove what a killed process left half-written, and the seal: the run goes on."""
+        """Remove what a killed process left half-written."""
         try:
             for stale in _drafts(self.path):
                 _remove(stale)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def _break_seal(self) -> None:
+        """The run goes on: before the first byte that is written again."""
+        try:
             if (self.path / MANIFEST).exists():
                 (self.path / MANIFEST).unlink()
                 flush_folder(self.path)
@@ -141,14 +147,17 @@ class Run:
 
     def write(self, name: str, text: str) -> None:
         """A small file of the run folder, whole or not at all."""
+        self._break_seal()
         write_whole(self.path / name, [text.encode()])
 
     def log(self, line: str) -> None:
         """One line of train.log, with the time."""
+        self._break_seal()
         append(self.path / "train.log", f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}\n")
 
     def add_metrics(self, numbers: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl; on disk for good when a checkpoint is saved after it."""
+        self._break_seal()
         append(self.path / "metrics.jsonl", json.dumps(numbers) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -173,13 +182,14 @@ class Run:
                 fix="put it back as it was, or start a new run with another --output",
             )
         if kept != raw:
+            self._break_seal()
             write_whole(path, [kept])
 
     def seal(self) -> None:
         """List size and sha256 of every file, for :func:`verify`, when the run has ended.
 
-        What is exported later goes into ``export/``, which is left out. Opening the run to go on
-        with it breaks the seal.
+        What is exported later goes into ``export/``, which is left out. Going on with the run
+        breaks the seal.
         """
         files = {name: _described_file(self.path / name) for name in _listed(self.path)}
         write_whole(self.path / MANIFEST, [_manifest({"kind": "run"}, files)])
@@ -206,6 +216,7 @@ class Run:
             ResourceError: it cannot be written; every checkpoint that was there still is, but
                 those that a full disk made us give up (never the newest, nor the best).
         """
+        self._break_seal()
         final = self.path / "checkpoints" / f"step-{step:06d}"
         facts = {
             "kind": "checkpoint",

@@ -408,5 +408,7 @@ def test_an_ended_run_is_sealed_and_going_on_with_it_breaks_the_seal(run):
     with pytest.raises(ModelFileError, match=r"config\.yaml is changed"):
         verify_run(run.path)
     run.close()
-    with Run.resume(run.path):
+    with Run.resume(run.path) as again:
+        assert (run.path / "MANIFEST.json").exists()  # what is refused before it goes on changes nothing
+        again.log("resumed")
         assert "has not ended" in verify_run(run.path)[-1]
