@@ -205,7 +205,10 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
         if part is None:
             continue
         try:
-            part.load_state_dict(checkpoint.tensors[name])
+            found = checkpoint.tensors[name]
+            if others := sorted(part.state_dict().keys() ^ found.keys()):  # torch forgives some
+                raise KeyError(", ".join(others[:5]))
+            part.load_state_dict(found)
         except (KeyError, RuntimeError) as error:
             raise ModelFileError(
                 f"{checkpoint.path} holds other {name} weights than this run has.",

@@ -409,6 +409,8 @@ def test_an_ended_run_is_sealed_and_going_on_with_it_breaks_the_seal(run):
         verify_run(run.path)
     run.close()
     with Run.resume(run.path) as again:
-        assert (run.path / "MANIFEST.json").exists()  # what is refused before it goes on changes nothing
+        assert (
+            run.path / "MANIFEST.json"
+        ).exists()  # what is refused before it goes on changes nothing
         again.log("resumed")
         assert "has not ended" in verify_run(run.path)[-1]

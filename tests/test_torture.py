@@ -18,7 +18,7 @@ TRIED = {  # at least; what is left out above has no number to choose, everythin
     "verify": 1_000,
     "soak": 200,
 }
-ENOUGH = {"mutants": 200, "kills": 10, "faults": 2_000, "fallback": 60, "full": 50}
+ENOUGH = {"mutants": 200, "kills": 100, "faults": 2_000, "fallback": 60, "full": 50}
 
 
 @pytest.mark.parametrize("name", PARTS)
