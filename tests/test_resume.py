@@ -161,8 +161,8 @@ def test_a_state_that_lacks_an_item_is_refused(whole):
         del places[where][name]
         with pytest.raises(ModelFileError, match=r"not that of this run|other generators"):
             start(made.model, made.recipe, averaged=made.student).restore(numbers, files)
-    names = {part: read_checkpoint(path).tensors[part] for part in ("student", "adapters")}
-    for part, name in ((part, name) for part in names for name in names[part]):
+    saved = read_checkpoint(path).tensors
+    for part, name in ((p, name) for p in ("student", "adapters") for name in saved[p]):
         checkpoint = read_checkpoint(path)
         del checkpoint.tensors[part][name]
         with pytest.raises(ModelFileError, match=f"other {part} weights"):
