@@ -7,7 +7,7 @@ import pytest
 from tests.torture.parts import PARTS, main, notices, search
 from tests.torture.power import FAULTS
 
-SHORT = {"mutants": 2_000, "kills": 200, "full": 50, "verify": 1_000, "soak": 200}
+SHORT = {"mutants": 2_000, "kills": 200, "full": 50, "verify": 1_000, "soak": 200, "elastic": 1}
 TRIED = {  # at least; what is left out above has no number to choose, everything is tried
     "mutants": 2_000,
     "kills": 200,
@@ -17,6 +17,7 @@ TRIED = {  # at least; what is left out above has no number to choose, everythin
     "full": 100,
     "verify": 1_000,
     "soak": 200,
+    "elastic": 1,
 }
 ENOUGH = {"mutants": 200, "kills": 100, "faults": 2_000, "fallback": 60, "full": 50}
 
