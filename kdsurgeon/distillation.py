@@ -15,7 +15,7 @@ from kdsurgeon.errors import NumericsError, PlanError, UsageError
 from kdsurgeon.evaluation import accuracy
 from kdsurgeon.keeping import Keeper, load_weights, student_of
 from kdsurgeon.losses import Losses, block_kd_loss, can_fuse, load_distance, task_loss
-from kdsurgeon.ranks import Ranks
+from kdsurgeon.ranks import ALONE, Ranks
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Checkpoint, Run
 from kdsurgeon.stones import (
@@ -48,8 +48,6 @@ from kdsurgeon.training import (
     train,
     until,
 )
-
-ALONE = Ranks.alone()
 
 
 def distill(

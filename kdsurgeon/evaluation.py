@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdsurgeon.errors import DataError
-from kdsurgeon.ranks import Ranks, total
+from kdsurgeon.ranks import ALONE, Ranks, total
 from kdsurgeon.stones import SteppingStones
 from kdsurgeon.tracing import Inputs, in_mode, logits_of, move
 
@@ -56,9 +56,6 @@ class Report:
         return name if most > noise else None
 
 
-ALONE = Ranks.alone()
-
-
 @torch.inference_mode()
 def accuracy(
     model: nn.Module,
@@ -69,9 +66,8 @@ def accuracy(
 ) -> float:
     """The share of samples whose largest logit is the right class; in evaluation mode.
 
-    Samples of the label ``ignored`` do not count.
-
-    With several ``ranks``, ``batches`` are this one's part and the share is that of all samples.
+    Samples of the label ``ignored`` do not count. With several ``ranks``, ``batches`` are this
+    one's part and the share is that of all samples.
 
     >>> images, labels = torch.eye(4).reshape(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
     >>> accuracy(nn.Flatten(), [(images, labels)])
@@ -81,9 +77,11 @@ def accuracy(
     with in_mode(model, training=False):
         for inputs, target in batches:
             inputs, target = move(inputs, _device(model)), target.to(_device(model))
-            counted = torch.ones_like(target) if ignored is None else target != ignored
-            right += int(((logits_of(model, inputs).argmax(-1) == target) & counted.bool()).sum())
-            seen += int(counted.sum())
+            hits = logits_of(model, inputs).argmax(-1) == target
+            if ignored is not None:
+                hits = hits[target != ignored]
+            right += int(hits.sum())
+            seen += len(hits)
     right, seen = total(ranks.all((right, seen)))
     if not seen:
         raise DataError("there is no sample to measure accuracy on.")

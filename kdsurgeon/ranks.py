@@ -257,6 +257,9 @@ class Ranks:
             pass
 
 
+ALONE = Ranks.alone()
+
+
 def is_lost(error: BaseException) -> bool:
     """Whether it says that another process cannot be reached."""
     return isinstance(error, dist.DistError) or (

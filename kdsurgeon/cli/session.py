@@ -37,7 +37,7 @@ from kdsurgeon.errors import (
 )
 from kdsurgeon.evaluation import Report, accuracy, evaluate
 from kdsurgeon.keeping import saved_conditions
-from kdsurgeon.ranks import Ranks
+from kdsurgeon.ranks import ALONE, Ranks
 from kdsurgeon.recipe import DataRecipe, RunConfig, read_config, write_yaml
 from kdsurgeon.runs import Checkpoint, Run, check_is_free, environment
 from kdsurgeon.stones import Certificate, Forecast, Plan, SteppingStones, certify, forecast
@@ -53,8 +53,6 @@ from kdsurgeon.training import (
     prepare_cublas,
 )
 from kdsurgeon.views import accuracy_table, draw_plan, plan_table, run_report
-
-ALONE = Ranks.alone()
 
 
 @dataclass(frozen=True)

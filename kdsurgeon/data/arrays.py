@@ -44,6 +44,19 @@ def load_arrays(name: str, path: Path, options: Options, *, scale: float = 255.0
         for (_, key), pixels in zip(keys, images, strict=True)
     ]
     class_names = _class_names(name, arrays.get("class_names"), np.concatenate(labels))
+    return finish_arrays(name, images, labels, class_names, options, notes, scale)
+
+
+def finish_arrays(
+    name: str,
+    images: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
+    class_names: tuple[str, ...],
+    options: Options,
+    notes: list[str],
+    scale: float,
+) -> Split:
+    """The data set of uint8 images (N, H, W, C) in one part, which is split here, or in two."""
     fingerprint = content_hash(array_content(images, labels), class_names)
     if len(images) == 1:
         rows = stratified(name, labels[0], options)
@@ -53,13 +66,15 @@ def load_arrays(name: str, path: Path, options: Options, *, scale: float = 255.0
         notes.append(f"images were resized from {by(own)} to {by(wanted)}.")
         pairs = zip(images, options.fits, strict=True)
         images, scale = [refit(pixels, wanted, scale, fit) for pixels, fit in pairs], 255.0
-    train, val = (
-        Part(pixels, numbers, tuple(hashlib.sha256(row).digest() for row in pixels))
-        for pixels, numbers in zip(images, labels, strict=True)
-    )
+    train, val = map(hashed, images, labels)
     return finish(
         name, train, val, class_names, options, fingerprint=fingerprint, notes=notes, scale=scale
     )
+
+
+def hashed(images: np.ndarray, labels: np.ndarray) -> Part:
+    """A part that knows its images by their pixels."""
+    return Part(images, labels, tuple(hashlib.sha256(row).digest() for row in images))
 
 
 def _part_keys(name: str, arrays: dict[str, np.ndarray]) -> tuple[list[tuple[str, str]], list[str]]:

@@ -16,7 +16,7 @@ import os
 import stat
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -143,12 +143,17 @@ def _check_sizes(name: str, facts: Iterable[Fact | BadImage], shape: Size) -> No
         if isinstance(fact, Fact) and (fact.height, fact.width) != shape[:2]
     }
     if odd:
-        others = listed(f"{by(size)} ({file})" for size, file in odd.items())
-        raise DataError(
-            f"{name}: the images differ in size.",
-            where=f"{by(shape[:2])} (the first image), {others}",
-            fix="choose one: --input-size C,H,W, for example --input-size 3,224,224",
-        )
+        raise differing_sizes(name, shape, odd)
+
+
+def differing_sizes(name: str, first: Size, odd: Mapping[tuple[int, int], str]) -> DataError:
+    """``odd`` has an image's name for each other (height, width)."""
+    others = listed(f"{by(size)} ({file})" for size, file in odd.items())
+    return DataError(
+        f"{name}: the images differ in size.",
+        where=f"{by(first[:2])} (the first image), {others}",
+        fix="choose one: --input-size C,H,W, for example --input-size 3,224,224",
+    )
 
 
 def _decode_into(

@@ -22,13 +22,14 @@ from kdsurgeon.data.decoding import (
     File,
     allocate,
     crop_into,
+    differing_sizes,
     fit_into,
     open_image,
     read_file,
     reason,
 )
 from kdsurgeon.data.sets import WHOLE, BadImage, Fit, Size, height_width_channels
-from kdsurgeon.data.words import SHOWN, by, listed
+from kdsurgeon.data.words import SHOWN
 from kdsurgeon.errors import DataError, ResourceError, SurgeonError
 
 _PROBED = 64  # images whose size is looked at where none was asked for
@@ -167,7 +168,9 @@ class Pictures:
         else:
             image = open_image(bytes(found), mode)
         if self.is_fixed and (image.height, image.width) != self.size[:2]:
-            raise _differing(self.name, self.size, {(image.height, image.width): self.ids[row]})
+            raise differing_sizes(
+                self.name, self.size, {(image.height, image.width): self.ids[row]}
+            )
         return image
 
     def damaged(self) -> list[tuple[int, BadImage]]:
@@ -273,17 +276,8 @@ def pictures(
     (height, width), *odd = sizes
     own = (height, width, 1 if is_gray else 3)
     if odd:
-        raise _differing(name, own, {size: sizes[size] for size in odd})
+        raise differing_sizes(name, own, {size: sizes[size] for size in odd})
     return replace(found, size=own, is_fixed=True)
-
-
-def _differing(name: str, size: Size, odd: dict[tuple[int, int], str]) -> DataError:
-    others = listed(f"{by(each)} ({file})" for each, file in odd.items())
-    return DataError(
-        f"{name}: the images differ in size.",
-        where=f"{by(size[:2])} (the first image), {others}",
-        fix="choose one: --input-size C,H,W, for example --input-size 3,224,224",
-    )
 
 
 def of_files(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kdsurgeon import plugins
-from kdsurgeon.data.arrays import array_content, refit
+from kdsurgeon.data.arrays import finish_arrays, hashed
 from kdsurgeon.data.pictures import (
     Pictures,
     check_bad,
@@ -27,7 +26,6 @@ from kdsurgeon.data.sets import (
     check_classes,
     content_hash,
     finish,
-    height_width_channels,
     stratified,
 )
 from kdsurgeon.data.words import by
@@ -57,7 +55,8 @@ def load_source(name: str, path: Path, options: Options) -> Split:
         notes.append("the test part serves as the validation part.")
         found.append((test_images, _labels(name, test_labels, test_images, classes)))
     if isinstance(train_images, np.ndarray):
-        return _of_arrays(name, found, classes, options, notes)
+        images, labels = zip(*found, strict=True)
+        return finish_arrays(name, images, labels, classes, options, notes, 255.0)
     return _of_pictures(name, found, classes, options, notes)
 
 
@@ -76,33 +75,6 @@ def _labels(name: str, labels: Any, images: Any, class_names: Sequence[str]) -> 
             f"{len(class_names)} class names."
         )
     return numbers.astype(np.int64)
-
-
-def _of_arrays(
-    name: str,
-    found: Sequence[tuple[np.ndarray, np.ndarray]],
-    class_names: tuple[str, ...],
-    options: Options,
-    notes: list[str],
-) -> Split:
-    images, labels = zip(*found, strict=True)
-    fingerprint = content_hash(array_content(images, labels), class_names)
-    if len(images) == 1:
-        rows = stratified(name, labels[0], options)
-        images, labels = ([whole[part] for part in rows] for (whole,) in (images, labels))
-    own, wanted = images[0].shape[1:], height_width_channels(options.input_size)
-    if wanted and own != wanted:
-        notes.append(f"images were resized from {by(own)} to {by(wanted)}.")
-        images = [
-            refit(pixels, wanted, 255.0, fit)
-            for pixels, fit in zip(images, options.fits, strict=True)
-        ]
-    train, val = map(_hashed, images, labels)
-    return finish(name, train, val, class_names, options, fingerprint=fingerprint, notes=notes)
-
-
-def _hashed(images: np.ndarray, labels: np.ndarray) -> Part:
-    return Part(images, labels, tuple(hashlib.sha256(row).digest() for row in images))
 
 
 def _of_pictures(
@@ -161,7 +133,7 @@ def finish_pictures(
     else:
         parts = []
         for images, labels in halves:
-            part = _hashed(images.decoded(), labels)
+            part = hashed(images.decoded(), labels)
             parts.append(Part(part.images, labels, part.digests, images.ids))
     return finish(
         name,
