@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from kdsurgeon.checkpoints import ModelCard, model_hash
 from kdsurgeon.errors import NumericsError, PlanError, UsageError
-from kdsurgeon.evaluation import accuracy
+from kdsurgeon.evaluation import accuracy, evaluate
 from kdsurgeon.keeping import Keeper, load_weights, student_of
 from kdsurgeon.losses import Losses, block_kd_loss, can_fuse, load_distance, task_loss
 from kdsurgeon.ranks import ALONE, Ranks
@@ -48,6 +48,8 @@ from kdsurgeon.training import (
     train,
     until,
 )
+
+T = TypeVar("T")
 
 
 def distill(
@@ -182,21 +184,27 @@ class Distillation:
         """With the accuracies on held-out data; not complete when it was stopped meanwhile."""
         if self.validation is None:
             return epoch
+        ranks, ignored = self.ranks, self.recipe.loss.ignore_index
+        own = partial(accuracy, self.student, ranks=ranks, ignored=ignored)
         try:
-            plain = self._accuracy(self.validation, stop)
-            if state.average is None:
-                return replace(epoch, accuracy=plain)
-            with state.average.in_place():
-                averaged = self._accuracy(self.validation, stop)
-            return replace(epoch, accuracy=plain, ema_accuracy=averaged)
+            found = replace(epoch, accuracy=self._on(self.validation, own, stop))
+            if state.average is not None:
+                with state.average.in_place():
+                    found = replace(found, ema_accuracy=self._on(self.validation, own, stop))
+            if isinstance(self.model, SteppingStones) and self.depths:
+                every = partial(evaluate, self.model, ranks=ranks, ignored=ignored)
+                report = self._on(self.validation, every, stop)
+                found = replace(found, stones=_named(report.stones))
+            return found
         except StopWaiting:
             return replace(epoch, is_complete=False)
 
-    def _accuracy(self, validation: Batches, stop: Callable[[], bool]) -> float:
-        """The student's; raises StopWaiting, on all ranks where one was asked to stop."""
-        ignored = self.recipe.loss.ignore_index
+    def _on(
+        self, validation: Batches, measure: Callable[[Batches], T], stop: Callable[[], bool]
+    ) -> T:
+        """What is measured; raises StopWaiting, on all ranks where one was asked to stop."""
         if self.ranks.world == 1:
-            return accuracy(self.student, until(stop, validation), ignored=ignored)
+            return measure(until(stop, validation))
         asked = []
 
         def part() -> Iterator[tuple[Inputs, Tensor]]:
@@ -206,10 +214,15 @@ class Distillation:
                     asked.append(True)
                     return
 
-        found = accuracy(self.student, part(), self.ranks, ignored=ignored)
+        found = measure(part())
         if any(self.ranks.all(bool(asked))):
             raise StopWaiting
         return found
+
+
+def _named(shares: Mapping[int, float]) -> dict[str, float]:
+    """By the names that losses have, too."""
+    return {f"stone {depth}": share for depth, share in shares.items()}
 
 
 def prepare(

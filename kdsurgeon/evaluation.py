@@ -90,28 +90,31 @@ def accuracy(
 
 @torch.inference_mode()
 def evaluate(
-    stones: SteppingStones, batches: Iterable[tuple[Inputs, Tensor]], ranks: Ranks = ALONE
+    stones: SteppingStones,
+    batches: Iterable[tuple[Inputs, Tensor]],
+    ranks: Ranks = ALONE,
+    *,
+    ignored: int | None = None,
 ) -> Report:
     """Accuracy of student, teacher and each stone, from one pass of the training graph.
 
-    With several ``ranks``, ``batches`` are this one's part and the report is on all samples.
+    Samples of the label ``ignored`` do not count. With several ``ranks``, ``batches`` are this
+    one's part and the report is on all samples.
     """
-    right = torch.zeros(len(stones.depths) + 2)
-    agree = torch.zeros(len(stones.depths) + 1)
+    right = torch.zeros(len(stones.depths) + 2, dtype=torch.float64)
+    agree = torch.zeros(len(stones.depths) + 1, dtype=torch.float64)
     seen = 0
-    was_training = stones.training
-    stones.eval()
-    try:
+    with in_mode(stones, training=False):
         for inputs, target in batches:
             logits = stones(move(inputs, _device(stones)))
-            learners = torch.cat([logits.student[None], logits.stones]).argmax(-1)
-            teacher = logits.teacher.argmax(-1)
-            answers = torch.cat([learners, teacher[None]])
-            right += (answers == target.to(_device(stones))).sum(-1).cpu()
-            agree += (learners == teacher).sum(-1).cpu()
+            target = target.to(_device(stones))
+            answers = torch.cat([logits.student[None], logits.stones, logits.teacher[None]])
+            answers = answers.argmax(-1)
+            if ignored is not None:
+                answers, target = answers[:, target != ignored], target[target != ignored]
+            right += (answers == target).sum(-1).cpu()
+            agree += (answers[:-1] == answers[-1]).sum(-1).cpu()
             seen += len(target)
-    finally:
-        stones.train(was_training)
     everyone = ranks.all((right, agree, seen))
     right = torch.stack([each[0] for each in everyone]).sum(0)
     agree = torch.stack([each[1] for each in everyone]).sum(0)

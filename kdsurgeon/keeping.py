@@ -7,6 +7,7 @@ and after an epoch was evaluated. So whoever resumes does the same steps again, 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -127,7 +128,8 @@ class Keeper:
             for name in ("number", "is_complete"):
                 del numbers[name]
             self.run.add_metrics(numbers)
-            self.run.log(f"epoch {epoch.number}/{epoch.epochs} loss {epoch.losses['total']:.4f}")
+            loss = epoch.losses.get("total", math.nan)  # not there where no sample counted
+            self.run.log(f"epoch {epoch.number}/{epoch.epochs} loss {loss:.4f}")
         return is_best
 
     def trouble(self, trouble: Trouble) -> None:

@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -656,7 +657,8 @@ def _cannot_read(path: Path, error: OSError) -> ModelFileError | ResourceError:
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:
-    """What ran where: versions, platform, threads and the command line; no host or user names."""
+    """What ran where: versions, platform, threads, the command line and the state of the
+    repository around; no host or user names."""
     return {
         "started": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "command": list(command),
@@ -666,7 +668,25 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "executable": Path(sys.executable).name,
+        "git": _git_state(),
     }
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Of the folder that the run is started in: its commit, and whether files differ from it."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        changes = _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None  # no repository, no commit yet, no git, or one that does not answer
+    return {"commit": commit, "changed": bool(changes)}
+
+
+def _git(*command: str) -> str:
+    """Its answer; nothing that the repository's own settings name is started."""
+    quiet = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", *command]
+    done = subprocess.run(quiet, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
 
 
 def _version(package: str) -> str | None:

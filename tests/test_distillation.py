@@ -276,6 +276,26 @@ def test_evaluation_measures_student_teacher_and_every_stone_like_each_alone():
     assert set(report.stones) == set(report.stone_agreement) == {1, 3}
 
 
+def test_every_epoch_tells_the_accuracy_of_student_and_stones():
+    chosen, data = plan(), batches(2)
+    teacher, student = (side.trace.model for side in (chosen.teacher, chosen.student))
+    recipe = Recipe(epochs=2, loss={"stones": (1, 3)})
+    made = prepare(teacher, student, data, plan=chosen, recipe=recipe, validation=batches(3))
+    for epoch in made.epochs():
+        report = evaluate(made.model, batches(3))
+        assert epoch.accuracy == report.student
+        assert epoch.stones == {f"stone {at}": share for at, share in report.stones.items()}
+        assert list(epoch.stones) == ["stone 1", "stone 3"]
+
+
+def test_samples_of_the_ignored_label_count_in_no_accuracy_of_a_stone():
+    stones, (images, labels) = synthesize(plan()), batches(1)[0]
+    with_ignored = torch.where(torch.arange(len(labels)) < 3, -1, labels)
+    assert evaluate(stones, [(images, with_ignored)], ignored=-1) == evaluate(
+        stones, [(images[3:], labels[3:])]
+    )
+
+
 def test_a_student_that_is_the_teacher_agrees_with_it():
     teacher = models.make("residual")
     stones = synthesize(partition(teacher, copy.deepcopy(teacher), models.images(2)))
@@ -461,6 +481,22 @@ def test_answers_of_another_teacher_are_refused():
     with pytest.raises(UsageError, match="of another teacher"):
         prepare(teacher, student, taught, recipe=Recipe(epochs=1))
     prepare(other, student, taught, recipe=Recipe(epochs=1))
+
+
+@pytest.mark.parametrize("method", ["block-kd", "kd", "ce"])
+def test_a_batch_of_which_no_sample_counts_is_in_no_mean(method):
+    recipe = Recipe(method=method, epochs=1, loss={"ignore_index": -1})
+    images, labels = batches(1)[0]
+    nothing = (images, torch.full_like(labels, -1))
+
+    def losses(*data):
+        chosen = plan()
+        models = (side.trace.model.eval() for side in (chosen.teacher, chosen.student))
+        (epoch,) = distill(*models, list(data), plan=chosen, recipe=recipe)
+        return epoch.losses
+
+    assert losses((images, labels), nothing) == losses((images, labels))
+    assert losses(nothing, nothing) == {}
 
 
 def test_held_out_samples_of_the_ignored_label_do_not_count():

@@ -470,9 +470,12 @@ def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_seed_in_two_processes_gives_the_same_bytes(threads, tmp_path):
-    for name in ("one", "two"):
-        fresh(go, tmp_path / name, everything(epochs=1), "augmented", None, threads)
-    assert differing(outcome(tmp_path / "one"), outcome(tmp_path / "two")) == []
+    for seed in range(3):
+        for name in ("one", "two"):
+            recipe = everything(epochs=1, seed=seed)
+            fresh(go, tmp_path / f"{name}-{seed}", recipe, "augmented", None, threads)
+        assert differing(outcome(tmp_path / f"one-{seed}"), outcome(tmp_path / f"two-{seed}")) == []
+    assert differing(outcome(tmp_path / "one-0"), outcome(tmp_path / "one-1")) != []
 
 
 def test_a_state_says_what_it_keeps():

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,28 @@ def test_the_record_names_versions_and_command_but_no_host_or_user():
     assert record["packages"]["torch"] == torch.__version__
     assert not {"host", "user", "cwd"} & set(record)
     json.dumps(record)
+
+
+def test_the_record_names_the_commit_around_and_whether_files_differ_from_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert environment([])["git"] is None
+
+    def git(*command):
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        done = subprocess.run(["git", *who, *command], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init", "-q")
+    assert environment([])["git"] is None  # no commit yet
+    file = tmp_path / "train.py"
+    file.write_text("one")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    wanted = git("rev-parse", "HEAD")
+    assert environment([])["git"] == {"commit": wanted, "changed": False}
+    file.write_text("two")
+    assert environment([])["git"] == {"commit": wanted, "changed": True}
 
 
 def test_checkpoints_are_ordered_by_their_number_not_their_name(run):

@@ -121,7 +121,7 @@ def _learners(losses: dict[str, float]) -> list[str]:
 def accuracies(epoch: Epoch) -> dict[str, float]:
     """On held-out data, by learner, as far as it was measured."""
     known = {"student": epoch.accuracy, "moving average": epoch.ema_accuracy}
-    return {name: share for name, share in known.items() if share is not None}
+    return {name: share for name, share in known.items() if share is not None} | epoch.stones
 
 
 @contextmanager

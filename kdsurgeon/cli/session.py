@@ -471,6 +471,8 @@ def _record(session: Session, ready: Distillation, folder: Path) -> dict[str, An
         "data": session.split.fingerprint,
         "plan": session.plan.hash,
         "recipe": session.settings.hash(),
+        "seed": session.settings.seed,
+        "device": str(next(session.student.model.parameters()).device),
         "exact": _is_exact(session),
         "threads": torch.get_num_threads(),
         "processes": session.ranks.world,

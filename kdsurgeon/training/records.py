@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -30,8 +30,9 @@ class Epoch:
 
     ``losses`` are means over the batches by name; ``skipped`` counts the updates that were left
     out since the run began because a number was not finite. ``accuracy`` is the student's on
-    held-out data, ``ema_accuracy`` that of its moving average; both are filled in by who has such
-    data. An epoch that was stopped, in training or in evaluation, has ``is_complete`` False.
+    held-out data, ``ema_accuracy`` that of its moving average, ``stones`` that of "stone 1" and so
+    on; they are filled in by who has such data. An epoch that was stopped, in training or in
+    evaluation, has ``is_complete`` False.
     """
 
     number: int
@@ -44,6 +45,7 @@ class Epoch:
     is_complete: bool = True
     accuracy: float | None = None
     ema_accuracy: float | None = None
+    stones: dict[str, float] = field(default_factory=dict)
     skipped: int = 0
 
     @property

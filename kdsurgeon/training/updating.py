@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -168,19 +169,21 @@ class Updater:
         state.scaler.unscale_(state.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        for index, (losses, _) in enumerate(found):
-            if not torch.isfinite(losses.total):
-                return self._leave_out("loss", losses.total.item(), index, held)
+        numbers = _numbers([losses for losses, _ in found])
+        for index, each in enumerate(numbers):
+            if not math.isfinite(each["total"]):
+                return self._leave_out("loss", each["total"], index, held)
+        booked = list(zip(numbers, (samples for _, samples in found), strict=True))
         if not torch.isfinite(norm):
             if state.scaler.is_enabled() and state.scaler.get_scale() > 1:
                 state.scaler.update()  # float16 overflowed: its scale is halved, as it should be
                 state.optimizer.zero_grad()
-                return self._book(found)
+                return self._book(booked)
             return self._leave_out("gradient", norm.item(), len(found) - 1, held)
         if optim.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), optim.clip_grad, norm)
         self._step()
-        return self._book(found)
+        return self._book(booked)
 
     def _step(self) -> None:
         state = self.state
@@ -202,13 +205,15 @@ class Updater:
         if state.average is not None:
             state.average.update()
 
-    def _book(self, found: list[tuple[Losses, int]]) -> None:
+    def _book(self, found: list[tuple[dict[str, float], int]]) -> None:
         state = self.state
-        for losses, samples in found:
-            for name, value in {"total": losses.total, **losses.parts}.items():
-                state.sums[name] = state.sums.get(name, 0.0) + value.item()
-                state.counts[name] = state.counts.get(name, 0) + 1
+        for numbers, samples in found:
             state.samples += samples
+            if numbers == {"total": 0.0}:  # no sample of this batch counts, so no mean does
+                continue
+            for name, value in numbers.items():
+                state.sums[name] = state.sums.get(name, 0.0) + value
+                state.counts[name] = state.counts.get(name, 0) + 1
 
     def _undo(self) -> None:
         self.state.optimizer.zero_grad()
@@ -359,6 +364,15 @@ def _mean(found: list[tuple[Losses, float]]) -> Losses:
         for name in sorted(names)
     }  # fmt: skip
     return Losses(total, parts)
+
+
+def _numbers(found: Sequence[Losses]) -> list[dict[str, float]]:
+    """Of every batch, by name; read from the device at once, as each reading waits for it."""
+    named = [{"total": losses.total, **losses.parts} for losses in found]
+    dtype = found[0].total.dtype
+    values = [value.detach().to(dtype) for each in named for value in each.values()]
+    numbers = iter(torch.stack(values).tolist())
+    return [{name: next(numbers) for name in each} for each in named]
 
 
 def _wanted_layout(recipe: Recipe) -> torch.memory_format | None:
