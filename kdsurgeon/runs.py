@@ -676,16 +676,22 @@ def _git_state() -> dict[str, Any] | None:
     """Of the folder that the run is started in: its commit, and whether files differ from it."""
     try:
         commit = _git("rev-parse", "HEAD")
-        changes = _git("status", "--porcelain", "--untracked-files=no")
+        changes = _git("status", "-s", "-uno")
     except (OSError, subprocess.SubprocessError):
         return None  # no repository, no commit yet, no git, or one that does not answer
     return {"commit": commit, "changed": bool(changes)}
 
 
 def _git(*command: str) -> str:
-    """Its answer; nothing that the repository's own settings name is started."""
-    quiet = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", *command]
-    done = subprocess.run(quiet, capture_output=True, text=True, check=True, timeout=10)
+    """Its answer; nothing is written, and no program that the repository names is started."""
+    done = subprocess.run(
+        ["git", "-c", "core.fsmonitor=false", *command],
+        env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=10,
+    )
     return done.stdout.strip()
 
 

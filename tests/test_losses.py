@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from kdsurgeon import plugins
-from kdsurgeon.errors import PluginError
+from kdsurgeon.errors import PluginError, UsageError
 from kdsurgeon.losses import Logits, block_kd_loss, kl, load_distance, task_loss
 from kdsurgeon.losses.formulas import halving_weights
 
@@ -121,9 +121,25 @@ def test_stone_weights_halve_from_the_last_to_the_first():
     assert halving_weights(4) == (0.125, 0.25, 0.5, 1.0)
 
 
-def test_wrong_numbers_of_weights_are_refused():
-    with pytest.raises(ValueError, match="2 weights for 3 stones"):
-        block_kd_loss(random_logits(), TARGET, weights=[1.0, 1.0])
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        (TARGET, {"weights": [1.0, 1.0]}, "2 weights for 3 stones"),
+        (TARGET[:4], {}, r"the target is torch.int64 of shape \(4,\)"),
+        (TARGET.int(), {}, "the target is torch.int32"),
+        (TARGET[:, None], {}, r"of shape \(5, 1\)"),
+        (torch.full((5, 6), 1 / 6), {}, r"of shape \(5, 6\)"),
+        (TARGET, {"temperature": 0.0}, "a temperature of 0.0"),
+        (TARGET, {"temperature": -4.0}, "a temperature of -4.0"),
+        (TARGET, {"temperature": math.nan}, "a temperature of nan"),
+        (TARGET, {"temperature": math.inf}, "a temperature of inf"),
+        (TARGET, {"label_smoothing": 1.0}, "a label smoothing of 1.0"),
+        (TARGET, {"label_smoothing": -0.1}, "a label smoothing of -0.1"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_logits_are_refused(target, options, message):
+    with pytest.raises(UsageError, match=message):
+        block_kd_loss(random_logits(), target, **options)
 
 
 def test_logits_of_unequal_shapes_cannot_be_built():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from kdsurgeon.errors import UsageError
 from kdsurgeon.losses.formulas import (
     Distance,
     Logits,
@@ -51,14 +53,16 @@ def block_kd_loss(
         fused: use one kernel for all terms of all stones where :func:`can_fuse` allows it: the
             logits on a CUDA device, the distance kl.
 
+    Raises:
+        UsageError: target, weights, temperature or smoothing do not fit the logits.
+
     >>> logits = Logits(torch.zeros(2, 3), torch.zeros(1, 2, 3), torch.zeros(2, 3), depths=(1,))
     >>> round(block_kd_loss(logits, torch.tensor([0, 1])).total.item(), 3)  # 2 · ln 3
     2.197
     """
     count = len(logits.stones)
     weights = halving_weights(count) if weights is None else weights
-    if len(weights) != count:
-        raise ValueError(f"{len(weights)} weights for {count} stones")
+    _check(logits, target, weights, temperature, label_smoothing)
     everyone = torch.cat([logits.student[None], logits.stones])
     teacher = logits.teacher.detach()
     names = ["student", *(f"stone {depth}" for depth in logits.depths)]
@@ -103,6 +107,33 @@ def block_kd_loss(
         total = total + cross_total
         parts |= _by_name("cross", names, cross)
     return Losses(total, parts)
+
+
+def _check(
+    logits: Logits,
+    target: Tensor,
+    weights: Sequence[float],
+    temperature: float,
+    label_smoothing: float,
+) -> None:
+    """What needs no look at the numbers on the device."""
+    count, (batch, classes) = len(logits.stones), logits.student.shape
+    indices = target.dtype == torch.int64 and target.shape == (batch,)
+    shares = target.is_floating_point() and target.shape == (batch, classes)
+    if not indices and not shares:
+        raise UsageError(
+            f"the target is {target.dtype} of shape {tuple(target.shape)}.",
+            logits=f"{batch} samples, {classes} classes",
+            fix=f"give class indices, int64 ({batch},), or shares of classes ({batch}, {classes})",
+        )
+    if len(weights) != count:
+        raise UsageError(
+            f"{len(weights)} weights for {count} stones.", fix="give one weight for each stone"
+        )
+    if not 0 < temperature < math.inf:
+        raise UsageError(f"a temperature of {temperature} is not a number above 0.")
+    if not 0 <= label_smoothing < 1:
+        raise UsageError(f"a label smoothing of {label_smoothing} is not in 0 … 1.")
 
 
 def _stacked(
