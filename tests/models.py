@@ -4,6 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdsurgeon import Batches, Recipe, load_data, train_alone
+from kdsurgeon.demo import build
+
 SIZE = (3, 16, 16)
 CLASSES = 10
 
@@ -300,3 +303,16 @@ def make(name: str, *, seed: int = 0, **kwargs: object) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return settled(ALL[name](**kwargs), seed=seed)
+
+
+def digit_models(folder):
+    """A ``teacher.pt`` in ``folder`` that knows the digits and a ``student.pt`` that does not."""
+    torch.manual_seed(0)
+    teacher, student = build("teacher"), build("student")
+    recipe = Recipe(method="ce", epochs=1, optim={"lr": 3e-3, "warmup_epochs": 0.2})
+    batches = Batches(load_data("digits").train, 64, shuffle=True, seed=0)
+    assert len(list(train_alone(teacher, batches, recipe))) == 1
+    for name, model in (("teacher", teacher), ("student", student)):
+        card = {"arch": f"demo/{name}", "input_size": [1, 8, 8], "num_classes": 10}
+        torch.save({**card, "state_dict": model.state_dict()}, folder / f"{name}.pt")
+    return folder
