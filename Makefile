@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test fuzz torture zoo bench bench-accuracy check lint venv clean
+.PHONY: demo test fuzz torture exports zoo bench bench-accuracy check lint venv clean
 export HF_HUB_OFFLINE := 1
 
 venv: $(STAMP)
@@ -33,12 +33,18 @@ torture: $(STAMP)     ## runs that are killed, refused, cut off from power, dama
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture all --jobs 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.resuming "$$(mktemp -d)" --updates 60
 
+exports: $(STAMP)     ## 300 random classifiers as ONNX at six batch sizes, and 26 seeded faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.exports --count 300
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.exports --faults
+
 zoo: $(STAMP)         ## every model that has a name, into docs/zoo.md; hours
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.run capture modes others pairs trained decoder report
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.run capture modes others pairs trained decoder export report
 
 bench: $(STAMP)       ## seconds of a training step, and the forecast against them; an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step_time
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.forecast
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.int8
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.signals
 
 bench-accuracy: $(STAMP)  ## methods compared: digits, and Fashion-MNIST in the folder DATA; hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.digits

@@ -118,6 +118,19 @@ class Distillation:
     def depths(self) -> tuple[int, ...]:
         return self.model.depths if isinstance(self.model, SteppingStones) else ()
 
+    def part_of(self, batches: Batches) -> Iterable[tuple[Inputs, Tensor]]:
+        """This rank's part of ``batches``, to run the model on: where the teacher is shared out,
+        in as many steps as every other rank takes."""
+        own = self.ranks.part_of(batches)
+        return own if self.recipe.shard == "none" else self._in_step(own, self.model)
+
+    def _in_step(
+        self, own: Iterable[tuple[Inputs, Tensor]], runs: Callable[[Inputs], Any]
+    ) -> Iterator[tuple[Inputs, Tensor]]:
+        assert self.plan is not None  # without a teacher nothing is shared out
+        few = move(_example(self.plan), next(self.model.parameters()).device)
+        return self.ranks.in_step(own, lambda: runs(few))
+
     def load(self, checkpoint: Checkpoint) -> None:
         """Put a checkpoint's weights into student and adapters."""
         load_weights(self.model, checkpoint)
@@ -185,24 +198,41 @@ class Distillation:
         if self.validation is None:
             return epoch
         ranks, ignored = self.ranks, self.recipe.loss.ignore_index
-        own = partial(accuracy, self.student, ranks=ranks, ignored=ignored)
+        student, runs = self._student_that_runs()
+        own = partial(accuracy, student, ranks=ranks, ignored=ignored)
         try:
-            found = replace(epoch, accuracy=self._on(self.validation, own, stop))
+            found = replace(epoch, accuracy=self._on(self.validation, own, stop, runs))
             if state.average is not None:
                 with state.average.in_place():
                     found = replace(found, ema_accuracy=self._on(self.validation, own, stop))
             if isinstance(self.model, SteppingStones) and self.depths:
                 every = partial(evaluate, self.model, ranks=ranks, ignored=ignored)
-                report = self._on(self.validation, every, stop)
+                runs = self.model if self.model.shared is not None else None
+                report = self._on(self.validation, every, stop, runs)
                 found = replace(found, stones=_named(report.stones))
             return found
         except StopWaiting:
             return replace(epoch, is_complete=False)
 
+    def _student_that_runs(self) -> tuple[nn.Module, Callable[[Inputs], Any] | None]:
+        """The student, or what runs it where its weights are shared out."""
+        if self.recipe.shard != "all":
+            return self.student, None
+        assert isinstance(self.model, SteppingStones)
+        runs = self.model.student_logits
+        return _Alone(self.model, runs), runs
+
     def _on(
-        self, validation: Batches, measure: Callable[[Batches], T], stop: Callable[[], bool]
+        self,
+        validation: Batches,
+        measure: Callable[[Batches], T],
+        stop: Callable[[], bool],
+        runs: Callable[[Inputs], Any] | None = None,
     ) -> T:
-        """What is measured; raises StopWaiting, on all ranks where one was asked to stop."""
+        """What is measured; raises StopWaiting, on all ranks where one was asked to stop.
+
+        ``runs`` is what the others wait for, where weights that it reads are shared out.
+        """
         if self.ranks.world == 1:
             return measure(until(stop, validation))
         asked = []
@@ -214,7 +244,7 @@ class Distillation:
                     asked.append(True)
                     return
 
-        found = measure(part())
+        found = measure(part() if runs is None else self._in_step(part(), runs))
         if any(self.ranks.all(bool(asked))):
             raise StopWaiting
         return found
@@ -234,12 +264,16 @@ def prepare(
     recipe: Recipe,
     validation: Batches | None = None,
     ranks: Ranks = ALONE,
+    device: torch.device | None = None,
 ) -> Distillation:
     """Everything up to the first step of :func:`distill`; takes and raises the same.
 
     With several ``ranks``, each calls it on the whole ``batches`` and ``validation``, which must
-    have ``shard(rank, world)``.
+    have ``shard(rank, world)``. Where the recipe shares out weights, each gives the whole models,
+    on the CPU if they fit nowhere else, and the ``device`` that its part of them shall lie on; the
+    teacher given can be run no more.
     """
+    check_shard(recipe, ranks)
     example, target = _first_batch(batches)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise UsageError("no weight of the student requires a gradient: there is nothing to train.")
@@ -255,7 +289,7 @@ def prepare(
     batches.check(target)
     measured = (
         None
-        if validation is None
+        if validation is None or recipe.shard != "none"
         else check_teacher(teacher, validation, ranks, ignored=recipe.loss.ignore_index)
     )
     if recipe.method == "ce":
@@ -272,11 +306,101 @@ def prepare(
         load_distance(recipe.loss.distance)(few[None], few, target, recipe.loss.temperature)
     stones = synthesize(plan, depths=chosen_depths(plan, recipe), seed=recipe.seed)
     if recipe.loss.adapter_init == "least-squares" and stones.depths:
-        device = next(student.parameters()).device
-        fit_adapters(stones, plan, (_few(inputs, device, None) for inputs, _ in batches))
+        present = next(student.parameters()).device
+        fit_adapters(stones, plan, (_few(inputs, present, None) for inputs, _ in batches))
+    if recipe.shard != "none":
+        measured = _share_out(stones, plan, validation, recipe, ranks, device)
     make = partial(objective, plan=plan, recipe=recipe)
     loss, notes, together = _made(stones, make, batches, recipe, ranks)
+    if stones.shared is not None:
+        notes = (f"shared   teacher: {stones.shared}", *notes)
+    if stones.units is not None:
+        notes = (*notes, f"         student and adapters: {stones.units}")
     return Distillation(stones, loss, plan, batches, recipe, validation, measured, notes, together)
+
+
+def check_shard(recipe: Recipe, ranks: Ranks) -> None:
+    """Whether ``--shard`` can be done with these settings, by these processes.
+
+    Raises:
+        UsageError: it cannot; says why.
+    """
+    if recipe.shard == "none":
+        return
+    if ranks.world == 1:
+        raise UsageError(
+            f"--shard {recipe.shard} shares out weights among processes, and this is one alone.",
+            fix="torchrun --nproc-per-node N -m kdsurgeon distill …, or --shard none",
+        )
+    reasons = {
+        "--method ce": recipe.method == "ce" and "no teacher is asked",
+        "--compile": recipe.torch_compile
+        and "the program that is compiled reads weights that come and go",
+        "--auto-batch": recipe.optim.auto_batch
+        and "where one process does a batch again, the others would have to do so, too",
+        "--channels-last": recipe.channels_last
+        and "weights that are shared out keep the order in which they were read",
+        "--teacher-views": recipe.data.teacher_views is not None
+        and "the teacher is asked before it is shared out, so it must fit the device anyway",
+    }
+    if recipe.shard == "all":
+        reasons |= {
+            "--method kd": recipe.method == "kd" and "it runs the student in one piece",
+            "--model-ema": recipe.optim.model_ema and "the average is kept whole",
+            f"--opt {recipe.optim.opt}": recipe.optim.opt not in ("sgd", "adamw")
+            and "what it computes of a whole weight was not tried on parts of one",
+            "--amp-dtype float16": recipe.amp
+            and recipe.amp_dtype == "float16"
+            and "the loss would be scaled by what each process sees of the gradients",
+        }
+    for flag, why in reasons.items():
+        if why:
+            raise UsageError(
+                f"--shard {recipe.shard} and {flag} do not go together.",
+                why=why,
+                fix=f"leave {flag} out, or --shard none",
+            )
+
+
+def _share_out(
+    stones: SteppingStones,
+    plan: Plan,
+    validation: Batches | None,
+    recipe: Recipe,
+    ranks: Ranks,
+    device: torch.device | None,
+) -> float | None:
+    """Leave on each rank its part of the teacher; what the teacher is worth, measured so."""
+    device = device or next(stones.student.parameters()).device
+    stones.share_teacher(ranks, device)
+    if recipe.shard == "all":
+        stones.share_student(ranks, device)
+    else:
+        stones.to(device)
+    if validation is None:
+        return None
+    few = move(_example(plan), device)
+    part = ranks.in_step(ranks.part_of(validation), lambda: stones.teacher_logits(few))
+    alone = _Alone(stones, stones.teacher_logits)
+    found = accuracy(alone, part, ranks, ignored=recipe.loss.ignore_index)
+    _check_is_above_chance(found, plan.teacher.trace.num_classes)
+    return found
+
+
+class _Alone(nn.Module):
+    """One model of a training graph, whose modes are those of the whole."""
+
+    def __init__(self, stones: SteppingStones, runs: Callable[[Inputs], Tensor]) -> None:
+        super().__init__()
+        self.stones, self.runs = stones, runs
+
+    def forward(self, inputs: Tensor | None = None, **named: Tensor) -> Tensor:
+        return self.runs(named if inputs is None else inputs)
+
+
+def _example(plan: Plan) -> dict[str, Tensor]:
+    """A batch that both models take."""
+    return plan.teacher.trace.inputs | plan.student.trace.inputs
 
 
 def _made(
@@ -344,7 +468,8 @@ def _shared(
     has_logits = bool(recipe.loss.ce_weight or recipe.loss.kd_weight)
     buckets = has_logits and not recipe.optim.auto_batch
     model.train()
-    return share(model, ranks, trial, runs=runs, apart=apart, buckets=buckets)
+    sharded = recipe.shard == "all"
+    return share(model, ranks, trial, runs=runs, apart=apart, buckets=buckets, is_sharded=sharded)
 
 
 def _few(inputs: Inputs, device: torch.device, count: int | None = 2) -> Inputs:
@@ -531,6 +656,11 @@ def check_teacher(
     with in_mode(teacher, training=False), torch.inference_mode():
         few = _few(inputs, next(teacher.parameters()).device)
         classes = logits_of(teacher, few).shape[-1]
+    _check_is_above_chance(measured, classes)
+    return measured
+
+
+def _check_is_above_chance(measured: float, classes: int) -> None:
     if measured < 1.5 / classes:
         raise NumericsError(
             f"the teacher's accuracy is {measured:.1%}, near chance ({1 / classes:.1%}).",
@@ -538,7 +668,6 @@ def check_teacher(
             "normalised differently",
             fix="check the teacher file, the class names, and mean and std (--mean, --std)",
         )
-    return measured
 
 
 def objective(stones: SteppingStones, plan: Plan, recipe: Recipe) -> Objective:

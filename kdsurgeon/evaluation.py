@@ -15,9 +15,25 @@ from kdsurgeon.tracing import Inputs, in_mode, logits_of, move
 
 
 @dataclass(frozen=True)
+class ClassCounts:
+    """Samples of one class: all, those that teacher and student get right, and those that only the
+    teacher does."""
+
+    samples: int
+    teacher: int
+    student: int
+    lost: int
+
+    @property
+    def gained(self) -> int:
+        """Those that only the student gets right."""
+        return self.student - (self.teacher - self.lost)
+
+
+@dataclass(frozen=True)
 class Report:
     """Shares between 0 and 1. ``agreement`` is how often a stone or the student gives the
-    teacher's answer; stones are keyed by depth."""
+    teacher's answer; stones are keyed by depth, ``classes`` stand in the order of the logits."""
 
     samples: int
     student: float
@@ -25,6 +41,7 @@ class Report:
     stones: dict[int, float]
     student_agreement: float
     stone_agreement: dict[int, float]
+    classes: tuple[ClassCounts, ...] = ()
 
     @property
     def lost(self) -> dict[str, float]:
@@ -103,6 +120,7 @@ def evaluate(
     """
     right = torch.zeros(len(stones.depths) + 2, dtype=torch.float64)
     agree = torch.zeros(len(stones.depths) + 1, dtype=torch.float64)
+    classes = torch.zeros(0, 4, dtype=torch.int64)
     seen = 0
     with in_mode(stones, training=False):
         for inputs, target in batches:
@@ -114,13 +132,16 @@ def evaluate(
                 answers, target = answers[:, target != ignored], target[target != ignored]
             right += (answers == target).sum(-1).cpu()
             agree += (answers[:-1] == answers[-1]).sum(-1).cpu()
+            found = _by_class(answers, target, logits.student.shape[-1])
+            classes = found if not len(classes) else classes + found
             seen += len(target)
-    everyone = ranks.all((right, agree, seen))
+    everyone = ranks.all((right, agree, seen, classes))
     right = torch.stack([each[0] for each in everyone]).sum(0)
     agree = torch.stack([each[1] for each in everyone]).sum(0)
     seen = sum(each[2] for each in everyone)
     if not seen:
         raise DataError("there is no sample to measure accuracy on.")
+    classes = torch.stack([each[3] for each in everyone if len(each[3])]).sum(0)
     student, *each, teacher_right = (right / seen).tolist()
     student_agree, *each_agree = (agree / seen).tolist()
     return Report(
@@ -130,7 +151,19 @@ def evaluate(
         stones=dict(zip(stones.depths, each, strict=True)),
         student_agreement=student_agree,
         stone_agreement=dict(zip(stones.depths, each_agree, strict=True)),
+        classes=tuple(ClassCounts(*counts) for counts in classes.tolist()),
     )
+
+
+def _by_class(answers: Tensor, target: Tensor, number: int) -> Tensor:
+    """(classes, 4): what :class:`ClassCounts` holds, of answers that begin with the student's and
+    end with the teacher's."""
+    answers, target = answers.cpu(), target.cpu()
+    student, teacher = answers[0] == target, answers[-1] == target
+    is_class = (target >= 0) & (target < number)
+    groups = (is_class, teacher, student, teacher & ~student)
+    counts = [torch.bincount(target[group], minlength=number) for group in groups]
+    return torch.stack(counts, 1)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -21,7 +21,18 @@ from kdsurgeon.ranks import Ranks
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Checkpoint, Run, read_checkpoint
 from kdsurgeon.stones import SteppingStones
-from kdsurgeon.training import Epoch, Step, TrainingState, Trouble, changes, conditions, is_exact
+from kdsurgeon.training import (
+    Epoch,
+    Step,
+    TrainingState,
+    Trouble,
+    all_like,
+    changes,
+    conditions,
+    here,
+    is_exact,
+    whole_weights,
+)
 
 VERSION = 1
 _RANDOM = ("random", "epoch_random")
@@ -147,7 +158,8 @@ class Keeper:
         Raises:
             NumericsError: a weight is not finite; what was saved before stays.
         """
-        _check_finite(self.model, self.state.step)
+        _check_finite(self.model, self.state.step, self.ranks)
+        now = self._conditions()
         own = self.state.tensors()
         everyone = self.ranks.all({name: own[name] for name in _RANDOM})
         random = {
@@ -155,10 +167,11 @@ class Keeper:
             for rank, each in enumerate(everyone)
             for name, values in each.items()
         }
-        self.ranks.first_does(lambda: self._write(own | random, best=best))
+        with whole_weights(self.model):
+            self.ranks.first_does(lambda: self._write(own | random, now, best=best))
         self._saved = self.state.step
 
-    def _write(self, own: dict[str, dict[str, Tensor]], *, best: bool) -> None:
+    def _write(self, own: dict[str, dict[str, Tensor]], now: dict[str, Any], *, best: bool) -> None:
         folder = self.run.path / "student"
         save_model(self.student, folder / "last.safetensors", self.card)
         if best:
@@ -172,7 +185,7 @@ class Keeper:
         state = {
             "version": VERSION,
             "training": self.state.numbers(),
-            "conditions": self._conditions(),
+            "conditions": now,
         }
         self.run.save_checkpoint(self.state.step, tensors, state, best=best)
 
@@ -210,7 +223,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
             found = checkpoint.tensors[name]
             if others := sorted(part.state_dict().keys() ^ found.keys()):  # torch forgives some
                 raise KeyError(", ".join(others[:5]))
-            part.load_state_dict(found)
+            part.load_state_dict(all_like(found, part.state_dict()))
         except (KeyError, RuntimeError) as error:
             raise ModelFileError(
                 f"{checkpoint.path} holds other {name} weights than this run has.",
@@ -224,10 +237,11 @@ def _adapters(model: nn.Module) -> nn.Module | None:
 
 
 @torch.no_grad()
-def _check_finite(model: nn.Module, step: int) -> None:
+def _check_finite(model: nn.Module, step: int, ranks: Ranks) -> None:
     """Buffers may hold an infinity, as masks of attention do."""
     wrong = [name for name, value in model.named_parameters() if not _is_finite(value)]
     wrong += [name for name, value in model.named_buffers() if value.isnan().any()]
+    wrong = list(dict.fromkeys(name for names in ranks.all(wrong) for name in names))
     if wrong:
         raise NumericsError(
             f"after step {step:,} the model holds weights that are not finite; nothing was saved.",
@@ -239,4 +253,4 @@ def _check_finite(model: nn.Module, step: int) -> None:
 
 
 def _is_finite(value: Tensor) -> bool:
-    return bool(torch.isfinite(value).all())
+    return bool(torch.isfinite(here(value)).all())

@@ -185,6 +185,19 @@ class Ranks:
             )
         return batches.shard(self.rank, self.world)
 
+    def in_step(self, batches: Iterable[T], idle: Callable[[], object]) -> Iterator[T]:
+        """``batches``, in as many steps as any rank has: one that has no more of them is ``idle``
+        meanwhile, which must ask the others for what they ask it for."""
+        source = iter(batches)
+        while True:
+            batch = next(source, None)
+            if not any(self.all(batch is not None)):
+                return
+            if batch is None:
+                idle()
+            else:
+                yield batch
+
     # their beginning and their end ───────────────────────────────────────────────────────────────
 
     @contextmanager

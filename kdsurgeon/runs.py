@@ -1,6 +1,7 @@
 """The run folder: whole checkpoints or none, a student that always loads, a record of what ran.
 
-    config.yaml  plan.yaml  run.json  metrics.jsonl  train.log  MANIFEST.json (when it has ended)
+    config.yaml  plan.yaml  run.json  metrics.jsonl  train.log
+    evaluation.json  report.html  MANIFEST.json (when it has ended)
     checkpoints/step-000123/{student,adapters,optimizer}.safetensors state.json MANIFEST.json
     student/{last,best}.safetensors
 

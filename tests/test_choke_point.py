@@ -1,4 +1,6 @@
-"""Only kdsurgeon.checkpoints may turn files into objects or strings into code."""
+"""Only kdsurgeon.checkpoints may turn files into objects or strings into code, and only
+kdsurgeon.exporting.gate reads ONNX files.
+"""
 
 from __future__ import annotations
 
@@ -191,3 +193,111 @@ def test_the_choke_point_itself_loads_in_one_place_and_says_how() -> None:
         ("specs.py", "importlib.import_module", False),
         ("specs.py", "importlib.util.spec_from_file_location", False),
     ]
+
+
+# --- ONNX -----------------------------------------------------------------------------------------
+
+# What opens an ONNX file or the weights beside it, or makes a model of bytes.
+ONNX_READERS = {
+    *("onnx.load", "onnx.load_model", "onnx.load_from_string", "onnx.load_model_from_string"),
+    *("onnx.load_tensor", "onnx.load_tensor_from_string", "onnx.hub.load"),
+    *("onnx.external_data_helper.load_external_data_for_model", "onnx.ModelProto.FromString"),
+    *("onnx.external_data_helper.load_external_data_for_tensor", "onnx_ir.load"),
+    *("onnxruntime.InferenceSession", "onnx.model_container.ModelContainer.load"),
+}
+ONNX_METHODS = {
+    *("ParseFromString", "MergeFromString", "register_custom_ops_library"),
+    *("add_external_initializers_from_files_in_memory", "set_ep_context_data_read_func"),
+}
+# Drafts that a tool has just written for us into a private folder: nobody else's files.
+ONNX_DRAFTS = {
+    "kdsurgeon/exporting/onnx.py": "onnx.load",
+    "kdsurgeon/exporting/proving.py": "onnx.load",
+    "kdsurgeon/exporting/qdq.py": "onnx.load",
+}
+ONNX_GATE = {
+    "kdsurgeon/exporting/gate.py": ["onnx.load_model_from_string"],
+    "kdsurgeon/exporting/runtime.py": ["onnxruntime.InferenceSession"],
+}
+
+
+def onnx_readings(source: str) -> list[str]:
+    """Every place where a module opens an ONNX file, with its line; annotations do not count."""
+    tree = ast.parse(source)
+    known = dict(_bindings(tree))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = _name_of(node.func, known)
+            method = node.func.attr if isinstance(node.func, ast.Attribute) else None
+            if name in ONNX_READERS or (name or "").startswith("onnx.reference."):
+                found.append(f"{node.lineno}: {name}")
+            elif method in ONNX_METHODS:
+                found.append(f"{node.lineno}: {method}")
+        for value in _handed_on(node):
+            if (name := _name_of(value, known)) in ONNX_READERS:
+                found.append(f"{value.lineno}: {name}")
+    return sorted(set(found))
+
+
+def _handed_on(node: ast.AST) -> list[ast.expr]:
+    """Where a function goes without being called: into a name, an argument, or back."""
+    if isinstance(node, ast.Call):
+        return [*node.args, *(keyword.value for keyword in node.keywords)]
+    if isinstance(node, ast.Assign | ast.Return | ast.NamedExpr) and node.value is not None:
+        return [node.value]
+    return []
+
+
+def test_an_onnx_file_is_read_at_the_gate_alone() -> None:
+    found = {
+        str(file.relative_to(ROOT)): onnx_readings(file.read_text(encoding="utf-8"))
+        for file in (*ROOT.glob("kdsurgeon/**/*.py"), *ROOT.glob("plugins/**/*.py"))
+    }
+    for name, readings in ONNX_GATE.items():
+        assert [entry.partition(": ")[2] for entry in found.pop(name)] == readings
+    for name, reading in ONNX_DRAFTS.items():
+        found[name] = [entry for entry in found[name] if entry.partition(": ")[2] != reading]
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import onnx\nonnx.load('x')",
+        "import onnx as o\no.load_model('x')",
+        "from onnx import load\nload('x')",
+        "from onnx import load as read\nread('x')",
+        "import onnx\nonnx.load_model_from_string(b'x')",
+        "import onnx\nread = onnx.load\nread('x')",
+        "import onnx\ngetattr(onnx, 'load')('x')",
+        "import onnx\nmap(onnx.load, ['x'])",
+        "import onnx\ndef f():\n    return onnx.load",
+        "import onnx\nonnx.ModelProto.FromString(b'x')",
+        "from onnx import ModelProto\nModelProto.FromString(b'x')",
+        "from onnx import ModelProto\nmodel = ModelProto()\nmodel.ParseFromString(b'x')",
+        "from onnx.external_data_helper import load_external_data_for_model as fill\nfill(m, '.')",
+        "import onnxruntime\nonnxruntime.InferenceSession('x')",
+        "import onnxruntime as ort\nort.InferenceSession('x')",
+        "from onnxruntime import InferenceSession\nInferenceSession('x')",
+        "import onnxruntime\nopen_it = onnxruntime.InferenceSession\nopen_it('x')",
+        "options.register_custom_ops_library('x.so')",
+        "from onnx.reference import ReferenceEvaluator\nReferenceEvaluator('x')",
+    ],
+)
+def test_a_seeded_reading_of_an_onnx_file_is_caught(source: str) -> None:
+    assert onnx_readings(source) != []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import onnxruntime\ndef f(run: onnxruntime.InferenceSession) -> None: ...",
+        "import onnx\nonnx.checker.check_model(model)",
+        "import onnx\nmodel.SerializeToString()",
+        "import json\njson.load(file)",
+        "from kdsurgeon.exporting.gate import read_onnx\nread_onnx('x')",
+    ],
+)
+def test_an_honest_use_of_onnx_is_not_accused(source: str) -> None:
+    assert onnx_readings(source) == []

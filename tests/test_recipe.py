@@ -492,6 +492,7 @@ BAD_FILES: list[tuple[str, str, str]] = [
     ("budget: 0.9", "run.yaml:4", "budget must be a number of 1 or more, such as 1.5"),
     ("budget: 1.5x", "run.yaml:4", "budget must be a number of 1 or more, such as 1.5"),
     ("loss: {stones: last-2}\nbudget: 2", "run.yaml:5", "loss.stones chooses the stones already"),
+    ("method: ce\nteacher_cache: t.npz", "run.yaml:5", "method ce asks no teacher"),
     ("output: [a]", "run.yaml:4", "output"),
     ("loss: {temperature: 0}", "run.yaml:4", "loss.temperature"),
     ("loss: {temperature: .nan}", "run.yaml:4", "loss.temperature"),

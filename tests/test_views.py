@@ -543,7 +543,7 @@ def test_everything_has_a_colour_for_dark_pages(form):
     for plan in (chain_plan(8), plan_of("wide both")):
         svg = ET.fromstring(draw_plan(plan, SOME_COST, form=form))
         dark = svg.findtext(f"{SVG}style") or ""
-        assert dark.startswith("@media (prefers-color-scheme: dark)")
+        assert dark.startswith("@media screen and (prefers-color-scheme: dark)")
         for each in svg.iter():
             if "fill" in each.attrib or "stroke" in each.attrib:
                 assert f".kdsurgeon .{each.attrib['class']} {{" in dark
@@ -703,8 +703,10 @@ def an_epoch(number: int, *names: str, accuracy: float | None = 0.5) -> dict[str
     }
 
 
-def charts(page: str) -> list[ET.Element]:
-    return [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+def charts(page: str, form: str = "wide") -> list[ET.Element]:
+    """The charts of a page in one of their two forms."""
+    found = re.findall(rf'<div class="chart {form}">(<svg.*?</svg>)', page, re.DOTALL)
+    return [ET.fromstring(svg) for svg in found]
 
 
 def test_the_page_of_a_plan_holds_the_drawing_the_blocks_and_the_evidence():
@@ -731,7 +733,8 @@ def test_pages_load_nothing_from_elsewhere():
     svg = draw_plan(plan, SOME_COST)
     report = run_report("run", config="", epochs=[an_epoch(1, "total")], plan_svg=svg)
     for page in (plan_page(plan, SOME_COST), report):
-        rest = page.replace("http://www.w3.org/2000/svg", "")
+        assert "default-src 'none'" in page
+        rest = page.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
         assert not re.search(r"http|//|<script|<link|@import|url\(|\bsrc=|href=", rest)
 
 
@@ -740,8 +743,9 @@ def test_a_report_draws_every_loss_and_the_accuracy_against_the_teachers():
     epochs = [an_epoch(n, *names, accuracy=n / 10) for n in range(1, 6)]
     final = Report(360, 0.5, 0.97, {1: 0.9}, 0.55, {1: 0.8})
     page = run_report("run", config="epochs: 5", epochs=epochs, final=final, teacher_accuracy=0.97)
-    *losses, accuracy = charts(page)
+    accuracy, *losses = charts(page)
     assert [len(chart.findall(f"{SVG}polyline")) for chart in losses] == [1, 2, 2]
+    assert len(charts(page, "narrow")) == 4
     assert len(accuracy.findall(f"{SVG}polyline")) == 1
     level = accuracy.find(f"{SVG}line[@class='level']")
     student = accuracy.find(f"{SVG}polyline")

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdsurgeon import data
+from kdsurgeon import data, tracing
 from kdsurgeon.checkpoints import Loaded, ModelCard, load_model, write_whole
 from kdsurgeon.cli.console import say, warn
 from kdsurgeon.data import Batches, Fit, Split
 from kdsurgeon.errors import ResourceError, UsageError
 from kdsurgeon.recipe import DataRecipe, RunConfig
 from kdsurgeon.stones import Plan, partition, read_plan, within_budget
-from kdsurgeon.tracing import call_model, find_logits, in_mode, trace
+from kdsurgeon.tracing import trace
 
 Size = tuple[int, int, int]
 DEVICE_BYTES = 2 * 2**30  # decoded images up to this size are kept on the device
@@ -82,8 +82,10 @@ def handing_over_images() -> Iterator[None]:
         yield
     except UsageError as error:
         fix = error.notes.get("fix", "")
-        if "does not take an input of shape" in error.what:
-            fix = fix or "give the size the model was made for: --input-size C,H,W"
+        refusals = ("does not take an input of shape", "does not take 3 samples")
+        if any(words in error.what for words in refusals) and "--input-size" not in fix:
+            fix = fix and f"{fix}\n"
+            fix += "give the size the model was made for: --input-size C,H,W"
         if "--input-size" not in fix:
             raise
         raise type(error)(error.what, **error.notes | {"fix": f"{fix}\n{_IMAGES_ALONE}"}) from error
@@ -222,30 +224,8 @@ def count_classes(loaded: Loaded, example: Tensor) -> int:
 
     Raises :class:`UsageError` when it fails or gives anything but one tensor of logits.
     """
-    images = example[:1].repeat(3, *[1 for _ in example.shape[1:]])
-    try:
-        with in_mode(loaded.model, training=False), torch.no_grad():
-            found = call_model(loaded.model, images)
-    except Exception as error:
-        raise UsageError(
-            f"{loaded.name} does not take {len(images)} samples of {_times(example.shape[1:])}.",
-            why=f"{type(error).__name__}: {error}".splitlines()[0],
-            fix="--input-size C,H,W gives another size; the batch size must stay free\n"
-            f"{_IMAGES_ALONE}",
-        ) from error
-    logits = found if isinstance(found, Tensor) else (find_logits(found) or ("", None))[1]
-    if logits is not None and logits.ndim == 2 and len(logits) == len(images):
-        return logits.shape[1]
-    what = _times(found.shape) if isinstance(found, Tensor) else type(found).__name__
-    raise UsageError(
-        f"{loaded.name} does not return one tensor of logits (batch, classes).",
-        returned=f"{what} for {len(images)} images",
-        fix="wrap it in a module whose forward returns the logits alone",
-    )
-
-
-def _times(shape: Sequence[int]) -> str:
-    return "×".join(map(str, shape)) or "one number"
+    with handing_over_images():
+        return tracing.count_classes(loaded.model, example, name=loaded.name)
 
 
 def check_classes(model: Loaded, num_classes: int, split: Split) -> None:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from kdsurgeon.cli import flags
-from kdsurgeon.cli.console import out, say
 from kdsurgeon.cli.outputs import Output, check_outputs
 
 
@@ -32,7 +31,60 @@ def export(
     int8_gate: Annotated[
         bool, typer.Option("--int8-gate/--no-int8-gate", help="refuse int8 that loses too much")
     ] = True,
-    tolerance: Annotated[float, typer.Option(help="largest gap, relative to the logits")] = 1e-5,
+    int8_mode: Annotated[
+        str,
+        typer.Option(
+            "--int8-mode", metavar="static|dynamic|qat", help="dynamic for transformers; qat trains"
+        ),
+    ] = "static",
+    calib_method: Annotated[
+        str,
+        typer.Option(
+            "--calib-method", metavar="min-max|entropy|percentile", help="how ranges are found"
+        ),
+    ] = "min-max",
+    calib_images: Annotated[
+        int, typer.Option("--calib-images", min=1, help="how many images set the ranges")
+    ] = 512,
+    int8_budget: Annotated[
+        int, typer.Option("--int8-budget", min=0, help="nodes that may stay in fp32 if need be")
+    ] = 4,
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", min=0, max=100, help="points that int8 may lose")
+    ] = 1.0,
+    qat_epochs: Annotated[
+        int, typer.Option("--qat-epochs", min=1, help="epochs of --int8-mode qat")
+    ] = 5,
+    stones: Annotated[
+        bool, typer.Option("--stones", help="a run's stepping stones, too: NAME.stone1.onnx …")
+    ] = False,
+    half: Annotated[
+        bool, typer.Option("--half", help="float16 weights and arithmetic; float32 in and out")
+    ] = False,
+    static: Annotated[
+        bool, typer.Option("--static", help="every size fixed, one image at a time, for an NPU")
+    ] = False,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="height and width free, too")
+    ] = False,
+    softmax: Annotated[bool, typer.Option("--softmax", help="probabilities, not logits")] = False,
+    embed_preprocessing: Annotated[
+        bool,
+        typer.Option("--embed-preprocessing", help="take uint8 images NHWC; resize and normalise"),
+    ] = False,
+    external: Annotated[
+        bool, typer.Option("--external", help="weights in a file of their own; above 2 GB always")
+    ] = False,
+    license_name: Annotated[
+        str | None, typer.Option("--license", metavar="TEXT", help="stored in the file's metadata")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="largest gap, relative to the logits: 1e-5, with --half 1e-2"),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="keep a file that fails, as NAME.unproved.onnx")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="prove the file equal to the model")
     ] = True,
@@ -44,8 +96,28 @@ def export(
     if int8:
         beside = output.with_suffix(".int8.onnx")
         outputs.append(Output("--int8", beside, ".onnx", makes_parents=False))
+    if force:
+        kept = output.with_suffix(".unproved.onnx")
+        outputs.append(Output("--force", kept, ".onnx", makes_parents=False))
+    if stones:
+        from kdsurgeon.cli.forms import FormFlags
+        from kdsurgeon.cli.ladder import check_plain, stone_outputs
+
+        check_plain(
+            FormFlags(opset, static, dynamic_size, half, softmax, external, embed_preprocessing)
+        )
+        outputs += stone_outputs(target, output)
     check_outputs(outputs, [target, arch, data_dir, calib_data])
     from kdsurgeon.cli.deploy import export_student
+    from kdsurgeon.cli.forms import FormFlags
+    from kdsurgeon.cli.int8 import Int8Flags
+
+    wanted = None
+    if int8:
+        wanted = Int8Flags(
+            int8_mode, calib_method, calib_images, int8_budget, max_drop, int8_gate, qat_epochs
+        )
+        wanted.check(target)
 
     export_student(
         target,
@@ -56,13 +128,23 @@ def export(
         calib_data=calib_data,
         wishes=wishes,
         last=last,
-        opset=opset,
-        int8=int8,
-        int8_gate=int8_gate,
+        flags=FormFlags(
+            opset, static, dynamic_size, half, softmax, external, embed_preprocessing, license_name
+        ),
+        int8=wanted,
         tolerance=tolerance,
         check=check,
+        force=force,
         threads=threads or 1,
     )
+    if stones:
+        from kdsurgeon.cli.ladder import export_stones
+
+        export_stones(
+            target, output, trust=trust_code or (), last=last, tolerance=tolerance,
+            flags=FormFlags(opset, half=half, license=license_name),
+            threads=threads or 1, int8=int8,
+        )  # fmt: skip
 
 
 def benchmark(
@@ -70,15 +152,31 @@ def benchmark(
     arch: flags.Arch = None,
     trust_code: flags.TrustCode = None,
     input_size: flags.InputSize = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 1,
-    threads: flags.Threads = 1,
+    batch_size: Annotated[
+        str, typer.Option("--batch-size", "-b", metavar="N,…", help="samples per call")
+    ] = "1",
+    threads: Annotated[
+        str, typer.Option("--threads", metavar="N,…", help="CPU threads, e.g. 1,2")
+    ] = "1",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="PyTorch models through torch.compile, too")
+    ] = False,
+    openvino: Annotated[
+        bool | None,
+        typer.Option("--openvino/--no-openvino", help=".onnx files in OpenVINO, if installed"),
+    ] = None,
 ) -> None:
-    """Latency and size side by side, in PyTorch and in ONNX Runtime."""
+    """Latency, size and memory side by side, in PyTorch and in ONNX Runtime."""
     size = flags.parse_size(input_size)
-    from kdsurgeon.cli.deploy import benchmark_models
+    from kdsurgeon.cli.timing import parse_counts, time_models
 
-    table = benchmark_models(
-        models, arch, trust_code or (), size, batch=batch_size, threads=threads or 1
+    time_models(
+        models,
+        arch,
+        trust_code or (),
+        size,
+        batches=parse_counts(batch_size, "--batch-size"),
+        threads=parse_counts(threads, "--threads"),
+        compiled=compiled,
+        openvino=openvino,
     )
-    out.print(table)
-    say(f"batch {batch_size}, {threads} thread(s), CPU; median and 20 to 80 % of the calls")

@@ -23,7 +23,7 @@ _KEYS = {
     "batch_size": "batch_size", "seed": "seed", "device": "device", "threads": "threads",
     "amp": "amp", "amp_dtype": "amp_dtype", "compile": "torch_compile",
     "channels_last": "channels_last", "deterministic": "deterministic",
-    "sync_bn": "sync_bn",
+    "sync_bn": "sync_bn", "shard": "shard",
     "checkpoint_every": "checkpoint_every", "keep_every": "keep_every",
     "model_ema": "optim.model_ema", "model_ema_decay": "optim.model_ema_decay",
     "skip_nan": "optim.skip_nan",
@@ -150,6 +150,9 @@ def distill(
         bool | None,
         typer.Option("--sync-bn/--no-sync-bn", help="batch norm over all processes, on CUDA"),
     ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="none, teacher, all: weights shared out among processes")
+    ] = None,
     model_ema: Annotated[
         bool | None, typer.Option("--model-ema/--no-model-ema", help="average the student, too")
     ] = None,
@@ -173,7 +176,9 @@ def distill(
     ] = None,
     allow_change: Annotated[
         str | None,
-        typer.Option(metavar="threads,…", help="of --resume: threads, torch, world-size, device"),
+        typer.Option(
+            metavar="threads,…", help="of --resume: threads, torch, world-size, device, shard"
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N, mps")] = None,

@@ -25,9 +25,10 @@ from kdsurgeon.checkpoints import Loaded, ModelCard, load_model
 from kdsurgeon.cli import inputs, reconciling
 from kdsurgeon.cli.console import hush, out, say, warn
 from kdsurgeon.cli.live import display, duration
+from kdsurgeon.cli.reporting import write_report
 from kdsurgeon.cli.signals import interruptible
 from kdsurgeon.data import Batches, Split
-from kdsurgeon.distillation import Distillation, chosen_depths, formula, how_it_runs, prepare
+from kdsurgeon.distillation import Distillation, check_shard, formula, how_it_runs, prepare
 from kdsurgeon.errors import (
     Interrupted,
     ModelFileError,
@@ -35,12 +36,19 @@ from kdsurgeon.errors import (
     ResourceError,
     UsageError,
 )
-from kdsurgeon.evaluation import Report, accuracy, evaluate
+from kdsurgeon.evaluation import accuracy, evaluate
 from kdsurgeon.keeping import saved_conditions
 from kdsurgeon.ranks import ALONE, Ranks
 from kdsurgeon.recipe import DataRecipe, RunConfig, read_config, write_yaml
 from kdsurgeon.runs import Checkpoint, Run, check_is_free, environment
-from kdsurgeon.stones import Certificate, Forecast, Plan, SteppingStones, certify, forecast
+from kdsurgeon.stones import (
+    Certificate,
+    Forecast,
+    Plan,
+    SteppingStones,
+    certify,
+    forecast_of_run,
+)
 from kdsurgeon.teacher_cache import TaughtBatches, cache_teacher
 from kdsurgeon.tracing import move
 from kdsurgeon.training import (
@@ -52,7 +60,7 @@ from kdsurgeon.training import (
     learning_rate_at,
     prepare_cublas,
 )
-from kdsurgeon.views import accuracy_table, draw_plan, plan_table, run_report
+from kdsurgeon.views import accuracy_table, plan_table
 
 
 @dataclass(frozen=True)
@@ -98,19 +106,25 @@ class Session:
             recipe=self.settings,
             validation=self.validation,
             ranks=self.ranks,
+            device=inputs.pick_device(self.settings.device),
         )
 
 
 def open_session(
     settings: RunConfig, trust: Sequence[str], plan: Path | None, ranks: Ranks
 ) -> Session:
-    """Load both models and the data, and plan; raises when anything does not fit."""
+    """Load both models and the data, and plan; raises when anything does not fit.
+
+    Models that will be shared out stay on the CPU until then.
+    """
+    if ranks.world == 1:  # who looks at a run alone has all of it
+        settings = settings.replace(shard="none")
     if settings.threads:
         torch.set_num_threads(inputs.check_threads(settings.threads))
     torch.manual_seed(settings.seed)
     random.seed(settings.seed)
     np.random.seed(settings.seed % 2**32)
-    device = inputs.pick_device(settings.device)
+    device = inputs.pick_device(settings.device if settings.shard == "none" else "cpu")
     teacher = load_model(
         settings.teacher, arch=settings.teacher_arch, trust=trust, flag="--teacher-arch"
     )
@@ -141,6 +155,16 @@ def open_session(
     if asks_once and settings.method != "ce":
         train = _taught(teacher, train, settings.teacher_cache, ranks)
     return Session(settings, teacher, student, split, train, validation, found, ranks)
+
+
+def _check_shard(settings: RunConfig, ranks: Ranks) -> None:
+    check_shard(settings, ranks)
+    if settings.shard != "none" and settings.teacher_cache is not None:
+        raise UsageError(
+            f"--shard {settings.shard} and --teacher-cache do not go together.",
+            why="the teacher is asked before it is shared out, so it must fit the device anyway",
+            fix="leave one of the two out",
+        )
 
 
 def _taught(teacher: Loaded, train: Batches, path: str | None, ranks: Ranks) -> TaughtBatches:
@@ -175,6 +199,7 @@ def start_session(
     if settings.deterministic:
         prepare_cublas()
     with _joined(settings, ranks):
+        _check_shard(settings, ranks)
         if ranks.restarts and _has_begun(settings, ranks):
             assert settings.output is not None
             return _go_on(Path(settings.output), trust, {}, {}, (), ranks)
@@ -252,6 +277,7 @@ def _go_on(
             warn(f"{complaint} An older one is used.")
         recorded = _recorded(folder / "run.json")
         settings = read_config(folder / "config.yaml", overrides, spelled=spelled)
+        _check_shard(settings, ranks)
         wanted = settings.threads if "threads" in allow_change else recorded["threads"]
         threads = overrides.get("threads") or wanted
         if threads:  # another number gives other bits
@@ -319,12 +345,16 @@ def announce(session: Session) -> tuple[Distillation, Certificate | None]:
     """
     settings, plan = session.settings, session.plan
     inputs.warn_of(plan)
+    proof = None
+    if settings.shard != "none":  # while all weights are here
+        proof = _proof(session)
     ready = session.prepare()
     train, val = session.split.train, session.split.val
     counts = f"{len(train):,} training and {len(val):,} validation images"
     say(f"data     {settings.data_dir}: {counts}, {train.num_classes} classes")
     say(f"teacher  {session.teacher.source}: accuracy {ready.teacher_accuracy:.2%}")
-    proof = certify(plan) if plan.stones and session.ranks.is_first else None
+    if settings.shard == "none":
+        proof = _proof(session)
     if proof:
         out.print(plan_table(plan, _forecast(session), proof))
     say(formula(plan, settings))
@@ -337,9 +367,13 @@ def announce(session: Session) -> tuple[Distillation, Certificate | None]:
     return ready, proof
 
 
+def _proof(session: Session) -> Certificate | None:
+    """Of the surgery, where there is any; one process is enough."""
+    return certify(session.plan) if session.plan.stones and session.ranks.is_first else None
+
+
 def _forecast(session: Session) -> Forecast:
-    depths = chosen_depths(session.plan, session.settings)
-    return forecast(session.plan, depths, batch=session.settings.batch_size)
+    return forecast_of_run(session.plan, session.settings, batch=session.settings.batch_size)
 
 
 def _rehearse(ready: Distillation) -> None:
@@ -394,11 +428,11 @@ def _train(
         )
     final = None
     if isinstance(ready.model, SteppingStones):
-        final = evaluate(ready.model, ranks.part_of(session.validation), ranks)
+        final = evaluate(ready.model, ready.part_of(session.validation), ranks)
         out.print(accuracy_table(final))
 
     def end() -> None:
-        run.write("report.html", _report(session, ready, run, final))
+        write_report(session, _forecast(session), run, final)
         run.seal()
 
     ranks.first_does(end)
@@ -409,18 +443,6 @@ def _train(
     say(f"         epoch {best['epoch']}, chosen on the images it is measured on")
     say(f"report   {run.path}/report.html")
     say(f"next     kdsurgeon export {shlex.quote(str(run.path))} student.onnx")
-
-
-def _report(session: Session, ready: Distillation, run: Run, final: Report | None) -> str:
-    return run_report(
-        title=f"{session.teacher.name} → {session.student.name}, {session.settings.method}",
-        config=write_yaml(session.settings.dump()),
-        plan_svg=draw_plan(session.plan, _forecast(session)),
-        epochs=run.metrics(),
-        final=final,
-        teacher_accuracy=ready.teacher_accuracy,
-        notes=session.split.notes,
-    )
 
 
 def evaluate_run(folder: Path, trust: Sequence[str]) -> None:

@@ -33,7 +33,9 @@ _ORT_WARNING, _ORT_ERROR, _ORT_FATAL = 2, 3, 4
 def staged(path: Path) -> Iterator[Path]:
     """A place beside ``path`` to write to; the file takes its name only if the block ends well.
 
-    Whatever else the block leaves in that place is removed, also after an exception, and a file
+    Data files that the block leaves there, by the ending ``.data``, come along, before it and
+    under the names that they have, so that no crash leaves a model without its weights. Whatever
+    else the block leaves in that place is removed, also after an exception, and a file
     that already had the final name is then still there, untouched. Raises :class:`ResourceError`
     when the folder is missing, full or may not be written.
     """
@@ -45,15 +47,22 @@ def staged(path: Path) -> Iterator[Path]:
         with TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
             part = Path(folder) / path.name
             yield part
-            with part.open("r+b") as file:
-                os.fsync(file.fileno())
-            part.replace(path)
+            for data in sorted(Path(folder).glob("*.data")):
+                _publish(data, path.with_name(data.name))
+            _publish(part, path)
     except OSError as error:
         raise ResourceError(
             f"{path} could not be written.",
             why=error.strerror or str(error),
             fix="name a file in a folder that exists, may be written and has room",
         ) from error
+
+
+def _publish(part: Path, path: Path) -> None:
+    """Rename, once the content is on the disk."""
+    with part.open("r+b") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 @contextmanager
@@ -77,3 +86,11 @@ def silence() -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         loggers[0].removeHandler(shield)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that the innermost cause of ``error`` says."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -450,6 +450,9 @@ class Recipe(Section):
     """only operations that give the same bits again, also on CUDA; ours"""
     sync_bn: Switch = False
     """batch normalisation counts the whole batch of several processes, on CUDA; ours, as timm's"""
+    shard: Literal["none", "teacher", "all"] = "none"
+    """what several processes share out, each holding a part: the teacher's weights, or those of all
+    that is trained, too; ours"""
     checkpoint_every: Annotated[
         Count | None, Must("a whole number from 1 to 1,000,000, or null")
     ] = None
@@ -521,6 +524,13 @@ class RunConfig(Recipe):
     """blocks to cut both models into; ours"""
     budget: Budget = None
     """what a step may cost, as a multiple of plain distillation; null: all stones; ours"""
+
+    @field_validator("teacher_cache")
+    @classmethod
+    def _is_asked_for(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path is not None and info.data.get("method") == "ce":
+            contradict(("", "method ce asks no teacher; leave one of the two out"))
+        return path
 
     @field_validator("budget")
     @classmethod

@@ -2,7 +2,7 @@
 
 from kdsurgeon.stones.certificate import Certificate, certify
 from kdsurgeon.stones.fitting import fit_adapters
-from kdsurgeon.stones.forecast import Forecast, forecast, within_budget
+from kdsurgeon.stones.forecast import Forecast, forecast, forecast_of_run, within_budget
 from kdsurgeon.stones.plan import Plan, Stone, partition, plan_stones, read_plan
 from kdsurgeon.stones.sets import chosen_depths, stones_at
 from kdsurgeon.stones.surgery import compose, graft
@@ -20,6 +20,7 @@ __all__ = [
     "compose",
     "fit_adapters",
     "forecast",
+    "forecast_of_run",
     "graft",
     "partition",
     "plan_stones",

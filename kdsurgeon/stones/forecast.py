@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from kdsurgeon import adapters
 from kdsurgeon.costs import Cost, module_cost, total
 from kdsurgeon.errors import PlanError, UsageError
+from kdsurgeon.recipe import Recipe
 from kdsurgeon.stones.plan import Plan, Stone, check_depths
+from kdsurgeon.stones.sets import chosen_depths, parts_of_run
 
 # What memory costs beside arithmetic, as multiply-adds: fitted to steps on a CPU, and checked on
 # other pairs, in benchmarks/forecast.py.
@@ -88,6 +90,26 @@ def forecast(plan: Plan, depths: Collection[int] | None = None, *, batch: int = 
         with_stones_bytes=kept + sum(cost.activation_bytes for cost in adapters_used + tails),
         adapter_parameters=sum(cost.parameters for cost in adapters_used),
         depths=tuple(stone.depth for stone in chosen),
+    )
+
+
+def forecast_of_run(plan: Plan, recipe: Recipe, *, batch: int = 64) -> Forecast:
+    """What a step costs in the mean over a run: its stones may be drawn, or change on the way.
+
+    Activation bytes are those of the largest step, adapters those of all stones.
+
+    Raises:
+        PlanError: a stone that the plan lacks.
+    """
+    every = forecast(plan, chosen_depths(plan, recipe), batch=batch)
+    steps = [
+        (share, forecast(plan, depths, batch=batch)) for share, depths in parts_of_run(plan, recipe)
+    ]
+    return replace(
+        every,
+        with_stones=round(sum(share * step.with_stones for share, step in steps)),
+        with_stones_time=sum(share * step.with_stones_time for share, step in steps),
+        with_stones_bytes=max(step.with_stones_bytes for share, step in steps if share),
     )
 
 

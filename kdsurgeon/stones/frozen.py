@@ -115,11 +115,11 @@ class _Convolution:
 
 @dataclass(frozen=True)
 class _Normalisation:
-    """``shift + scale · source``, in float64."""
+    """``shift + scale · source``; the two are computed in float64 when they are asked for, as the
+    numbers are not here where the network is shared out."""
 
     source: Any
-    scale: Tensor
-    shift: Tensor
+    numbers: Callable[[], tuple[Tensor, Tensor]]
     dtype: torch.dtype
 
 
@@ -257,25 +257,30 @@ def _fixed(
     *,
     eps: float,
 ) -> _Normalisation | None:
-    """In float64; None where statistics are those of the batch or numbers are coarse."""
+    """None where statistics are those of the batch or numbers are coarse."""
     if mean is None or variance is None or mean.dtype not in _FOLDED:
         return None
-    scale = (variance.double() + eps).rsqrt()
-    scale = scale if weight is None else scale * weight.double()
-    shift = -mean.double() * scale
-    shift = shift if bias is None else shift + bias.double()
-    return _Normalisation(source, scale.detach(), shift.detach(), mean.dtype)
+
+    def numbers() -> tuple[Tensor, Tensor]:
+        scale = (variance.double() + eps).rsqrt()
+        scale = scale if weight is None else scale * weight.double()
+        shift = -mean.double() * scale
+        shift = shift if bias is None else shift + bias.double()
+        return scale.detach(), shift.detach()
+
+    return _Normalisation(source, numbers, mean.dtype)
 
 
 def _scaled(norm: _Normalisation) -> FrozenScale:
-    return FrozenScale(norm.scale.to(norm.dtype), norm.shift.to(norm.dtype))
+    scale, shift = norm.numbers()
+    return FrozenScale(scale.to(norm.dtype), shift.to(norm.dtype))
 
 
 def _folded(before: _Convolution, norm: _Normalisation) -> FrozenConvolution:
+    scale, bias = norm.numbers()
     by_output = (-1, *(1,) * (before.weight.ndim - 1))
-    weight = before.weight.detach().double() * norm.scale.view(by_output)
-    bias = norm.shift
+    weight = before.weight.detach().double() * scale.view(by_output)
     if before.bias is not None:
-        bias = bias + before.bias.detach().double() * norm.scale
+        bias = bias + before.bias.detach().double() * scale
     dtype = before.weight.dtype
     return FrozenConvolution(weight.to(dtype), bias.to(dtype), **before.geometry)

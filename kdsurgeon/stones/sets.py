@@ -54,6 +54,27 @@ def stones_at(plan: Plan, recipe: Recipe, progress: float, step: int) -> dict[in
     return {stone.depth: sums[-1]}
 
 
+def parts_of_run(plan: Plan, recipe: Recipe) -> list[tuple[float, tuple[int, ...]]]:
+    """The sets of stones that steps train through, and the share of the steps that each has.
+
+    One random stone has the share of its chance; shares sum to 1.
+    """
+    if recipe.method != "block-kd":
+        return [(1.0, ())]
+    sections = [(0.0, recipe.loss.stones), *recipe.loss.stone_schedule]
+    ends = [*(begins for begins, _ in sections[1:]), 1.0]
+    parts: list[tuple[float, tuple[int, ...]]] = []
+    for (begins, wanted), end in zip(sections, ends, strict=True):
+        found = _stones_of(plan, wanted)
+        sets = [tuple(stone.depth for stone in found)]
+        chances = [1.0]
+        if wanted == "random" and found:
+            sets = [(stone.depth,) for stone in found]
+            chances = [stone.weight / sum(each.weight for each in found) for stone in found]
+        parts += [((end - begins) * p, each) for p, each in zip(chances, sets, strict=True)]
+    return parts
+
+
 def _stones_of(
     plan: Plan, wanted: str | tuple[int, ...], key: str = "loss.stones"
 ) -> tuple[Stone, ...]:

@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from kdsurgeon import adapters
+from kdsurgeon.checkpoints import model_hash
 from kdsurgeon.errors import PlanError, UsageError
 from kdsurgeon.losses import Logits
 from kdsurgeon.partitioning import Partition, activations, cut, recut
+from kdsurgeon.ranks import Ranks
 from kdsurgeon.stones.frozen import simplify
 from kdsurgeon.stones.plan import Plan, Stone, check_depths
+from kdsurgeon.stones.programs import divide
+from kdsurgeon.stones.sharding import SharedTeacher, share_out
 from kdsurgeon.stones.surgery import (
     Values,
     Walk,
@@ -35,6 +40,7 @@ from kdsurgeon.stones.surgery import (
     root_of,
     state_of,
 )
+from kdsurgeon.stones.units import Units
 from kdsurgeon.tracing import BATCH, Inputs, Trace, memory_of, trace, trace_whole
 
 TEACHER_LOGITS = "teacher_logits"  # an input beside those of the models: what the teacher gave
@@ -92,9 +98,61 @@ class SteppingStones(nn.Module):
                 fix=f"give what both models were captured with: {', '.join(names)}",
             )
         values = [given[name] for name in names]
+        if self.shared is not None:
+            self.shared.free_all()
         # not by calling it: torch.fx prints to standard error when a graph module raises
         student, stones, teacher = graph.forward(*values)
         return Logits(student, stones, teacher, chosen)
+
+    @property
+    def shared(self) -> SharedTeacher | None:
+        """How the teacher is shared out among the processes, where it is."""
+        return self._synthesis.shared
+
+    @property
+    def units(self) -> Units | None:
+        """How student and adapters are shared out, where they are."""
+        return self._synthesis.units
+
+    def share_teacher(self, ranks: Ranks, device: torch.device) -> SharedTeacher:
+        """Leave on this rank, on ``device``, an equal part of the teacher's weights only.
+
+        They come together, a portion at a time, while the graph runs, which all ranks have to do
+        at the same places from here on. The teacher's own module can be run no more, except where
+        ``shared.whole()`` holds. All ranks must have the same teacher.
+
+        Raises:
+            UsageError: they have not, or a tensor of it has no plain bytes.
+        """
+        self._graphs.clear()
+        return self._synthesis.share_teacher(ranks, device)
+
+    def share_student(self, ranks: Ranks, device: torch.device) -> None:
+        """Leave on this rank, on ``device``, a part of each weight of student and adapters only.
+
+        They become tensors of torch's DTensor, and so do their gradients and what an optimiser
+        that is made from now on remembers. All ranks have to run the graph at the same places, and
+        none can run the student's own module. What rank 0 has is what all begin with.
+
+        Raises:
+            UsageError: FSDP2 cannot share out a weight; names it.
+        """
+        ranks.as_first([value for value in self.state_dict().values() if value.numel()])
+        self._graphs.clear()
+        self._synthesis.share_student(self, ranks, device)
+
+    def student_logits(self, inputs: Inputs) -> Tensor:
+        """Those of the student alone, in evaluation mode, by its blocks in the graph."""
+        names = list(self._synthesis.plan.student.trace.inputs)
+        given = {names[0]: inputs} if isinstance(inputs, Tensor) else inputs
+        return self._synthesis.student_alone.forward(*(given[name] for name in names))
+
+    @torch.no_grad()
+    def teacher_logits(self, inputs: Inputs) -> Tensor:
+        """Those of the teacher alone, as its own pass in the graph gives them."""
+        names = list(self._synthesis.plan.teacher.trace.inputs)
+        given = {names[0]: inputs} if isinstance(inputs, Tensor) else inputs
+        return _join(self._synthesis.clean(*(given[name] for name in names)))
 
     def _graph(self, depths: tuple[int, ...], is_cached: bool) -> fx.GraphModule:
         key = self.training, depths, is_cached
@@ -118,8 +176,9 @@ class SteppingStones(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SteppingStones:
         super()._apply(fn, recurse)
-        for module in self.teacher.modules:
-            module._apply(fn)
+        if self.shared is None:
+            for module in self.teacher.modules:
+                module._apply(fn)
         return self
 
 
@@ -256,6 +315,9 @@ class _Synthesis:
             for depth, group in stones.adapters.items()
             for index, adapter in enumerate(group)  # pyright: ignore[reportArgumentType]
         }
+        self.shared: SharedTeacher | None = None
+        self.units: Units | None = None
+        self.device: torch.device | None = None  # where another than that of the plan
         self.clean = self._clean_pass()
         self._students: dict[bool | None, Partition] = {}
 
@@ -293,24 +355,114 @@ class _Synthesis:
         state = {"teacher": self.clean} | self.adapters
         state |= {f"tail.{target}": twin for target, twin in self.teacher_state.items()}
         state |= {f"student.{target}": own for target, own in state_of(student.trace).items()}
-        return fx.GraphModule(root_of(state), graph)
+        return self._program(graph, state, "tail.", student)
+
+    @cached_property
+    def student_alone(self) -> fx.GraphModule:
+        """The student in evaluation mode, rebuilt from its blocks."""
+        student = self._student(False, (1,))
+        graph = fx.Graph()
+        walk = Walk(student, _given(student.trace, _placeholders(graph, (student.trace,))))
+        for depth in range(len(student.blocks)):
+            walk.step(graph, depth, "student.")
+        graph.output(walk.values[student.trace.logits])
+        state = {f"student.{target}": own for target, own in state_of(student.trace).items()}
+        return self._program(graph, state, "tail.", student)
+
+    def share_student(self, stones: SteppingStones, ranks: Ranks, device: torch.device) -> None:
+        read: dict[Hashable, list[nn.Parameter]] = {}
+        for depth, group in stones.adapters.items():
+            read["adapters", depth] = list(group.parameters())
+        for training in (True, False):
+            student = self._student(training, (1,))
+            state = state_of(student.trace)
+            for index, block in enumerate(student.blocks):
+                names = {str(n.target) for n in block.nodes if n.op in ("call_module", "get_attr")}
+                read.setdefault(("student", index), []).extend(
+                    each for name in names for each in _parameters_of(state[name])
+                )
+        self.units = Units(stones, read, ranks, device)
+
+    def share_teacher(self, ranks: Ranks, device: torch.device) -> SharedTeacher:
+        whole = self.plan.teacher.trace
+        graph = self.clean.graph_module.graph
+        hashes = ranks.all(model_hash(whole.model))
+        if len(set(hashes)) > 1:
+            raise UsageError(
+                "the processes have different teachers, of which no whole one can be made.",
+                given=", ".join(f"rank {rank}: {each}" for rank, each in enumerate(hashes)),
+                fix="give all of them the same teacher file",
+            )
+        self.shared = share_out(whole, graph, self.teacher_state, ranks, device)
+        self._move(device)
+        return self.shared
+
+    def _move(self, device: torch.device) -> None:
+        self.device = device
+        for given in (self.plan.teacher.trace.example, self.plan.student.trace.example):
+            for value in [given] if isinstance(given, Tensor) else given.values():
+                value.data = value.data.to(device)  # graphs of other stones are made from it later
+        self.clean = self._clean_pass()
+
+    def _program(
+        self,
+        graph: fx.Graph,
+        state: dict[str, Any],
+        prefix: str,
+        student: Partition | None = None,
+    ) -> fx.GraphModule:
+        """What runs ``graph``, in which names that begin with ``prefix`` are the teacher's, and
+        those that begin with "student." those of ``student``."""
+        shared, units = self.shared, self.units
+        if shared is None:
+            return fx.GraphModule(root_of(state), graph)
+        _relocate(graph, state, self.device or torch.device("cpu"))
+        places: dict[str, Hashable] = {f"{prefix}{name}": at for name, at in shared.place.items()}
+        if units is not None and student is not None:
+            blocks = ((n, at) for at, block in enumerate(student.blocks) for n in block.nodes)
+            places |= {f"student.{n.meta['qualname']}": ("student", at) for n, at in blocks}
+
+        def place(node: fx.Node) -> Hashable:
+            if units is not None and str(node.target).startswith("adapters."):
+                return "adapters", str(node.target).split(".")[1]
+            return places.get(node.meta.get("qualname", ""))
+
+        def run(at: Hashable, program: fx.GraphModule) -> nn.Module:
+            if units is None or isinstance(at, int):
+                return shared.program(program, prefix)
+            return units.program(at, program)
+
+        return divide(graph, state, place, run)
 
     def _student(self, training: bool, depths: tuple[int, ...]) -> Partition:
         """Its graph in that mode; where no stone reads from inside, it is called as it is."""
-        key = training if depths else None
+        by_blocks = bool(depths) or self.units is not None
+        key = training if by_blocks else None
         if key not in self._students:
             own = self.plan.student
-            self._students[key] = _in_mode(own, training=training) if depths else _as_it_is(own)
+            self._students[key] = _in_mode(own, training=training) if by_blocks else _as_it_is(own)
         return self._students[key]
 
     def _clean_pass(self) -> _CleanPass:
         graph = copy.deepcopy(self.plan.teacher.trace.graph_module.graph)
         if self.fold:
             simplify(graph, self.teacher_state)
-        return _CleanPass(
-            fx.GraphModule(root_of(self.teacher_state), graph),
-            _written_inputs(self.plan.teacher.trace),
-        )
+        program = self._program(graph, self.teacher_state, "")
+        return _CleanPass(program, _written_inputs(self.plan.teacher.trace))
+
+
+def _relocate(graph: fx.Graph, state: dict[str, Any], device: torch.device) -> None:
+    """Let a graph that was traced elsewhere make its tensors on ``device``, and find them there."""
+
+    def moved(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    for node in graph.nodes:
+        node.args = map_aggregate(node.args, moved)
+        node.kwargs = map_aggregate(node.kwargs, moved)
+    for value in state.values():
+        if isinstance(value, Tensor) and value.device != device:
+            value.data = value.data.to(device)
 
 
 def _written_inputs(whole: Trace) -> frozenset[int]:
@@ -322,6 +474,12 @@ def _written_inputs(whole: Trace) -> frozenset[int]:
         for index, node in enumerate(whole.placeholders)
         if whole.rung == "whole" or memory_of(node) in written
     )
+
+
+def _parameters_of(value: Any) -> list[nn.Parameter]:
+    if isinstance(value, nn.Module):
+        return list(value.parameters())
+    return [value] if isinstance(value, nn.Parameter) else []
 
 
 @dataclass(frozen=True)

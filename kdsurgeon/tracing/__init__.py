@@ -7,6 +7,7 @@ from kdsurgeon.tracing.capture import Trace, trace, trace_whole
 from kdsurgeon.tracing.outputs import (
     Inputs,
     call_model,
+    count_classes,
     describe,
     find_logits,
     in_mode,
@@ -25,6 +26,7 @@ __all__ = [
     "after",
     "batch_axis",
     "call_model",
+    "count_classes",
     "describe",
     "evaluate",
     "find_logits",

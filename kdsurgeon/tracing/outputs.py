@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdsurgeon.errors import UsageError
 from kdsurgeon.tracing.values import BATCH
 
 Inputs = Tensor | Mapping[str, Tensor]
@@ -104,6 +105,57 @@ def lost_beside(result: Any, chosen: str) -> Iterator[str]:
     alike = [name for name, value in others.items() if getattr(value, "shape", None) == shape]
     if alike:
         yield f"a choice: {' and '.join(alike)} could be the logits as well as {chosen}"
+
+
+def count_classes(model: nn.Module, example: Inputs, *, name: str | None = None) -> int:
+    """How many logits ``model`` gives for each sample, tried on three of them, in evaluation mode.
+
+    Of tokens there may be logits for each token. ``name`` is what messages call the model.
+
+    Raises :class:`UsageError` when it fails or gives anything but one tensor of logits.
+
+    >>> count_classes(nn.Linear(4, 2), torch.zeros(1, 4))
+    2
+    """
+    name = name or type(model).__name__
+    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+    samples = move(_three(example), device)
+    shapes = _shapes(samples)
+    try:
+        with in_mode(model, training=False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            result = call_model(model, samples)
+    except Exception as error:
+        raise UsageError(
+            f"{name} does not take 3 samples of {shapes}.",
+            why=f"{type(error).__name__}: {error}".splitlines()[0],
+            fix="give inputs of the size it was made for; the batch size must stay free",
+        ) from error
+    logits = result if isinstance(result, Tensor) else (find_logits(result) or ("", None))[1]
+    most = 2 if _are_images(samples) else 3
+    if logits is not None and 2 <= logits.ndim <= most and len(logits) == 3:
+        return logits.shape[-1]
+    raise UsageError(
+        f"{name} does not return one tensor of logits (batch, classes).",
+        returned=f"{describe(result)}, for 3 samples",
+        fix="wrap it in a module whose forward returns the logits alone",
+    )
+
+
+def _three(example: Inputs) -> Inputs:
+    """The first sample, three times."""
+    if isinstance(example, Tensor):
+        return example[:1].repeat(3, *[1 for _ in example.shape[1:]])
+    return {name: value[:1].repeat(3, *[1] * (value.ndim - 1)) for name, value in example.items()}
+
+
+def _are_images(samples: Inputs) -> bool:
+    values = [samples] if isinstance(samples, Tensor) else samples.values()
+    return all(value.is_floating_point() for value in values)
+
+
+def _shapes(samples: Inputs) -> str:
+    values = [samples] if isinstance(samples, Tensor) else samples.values()
+    return ", ".join("×".join(map(str, value.shape[1:])) or "one number" for value in values)
 
 
 def _items(result: Any) -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from kdsurgeon.training.loop import train
 from kdsurgeon.training.optimising import Average, learning_rate_at
 from kdsurgeon.training.randomness import RandomState, scatter
 from kdsurgeon.training.records import Batches, Epoch, Moment, Objective, Step, Trouble
+from kdsurgeon.training.sharding import all_like, here, whole_weights
 from kdsurgeon.training.state import TrainingState, start
 from kdsurgeon.training.stopping import Stop, StopWaiting, until
 from kdsurgeon.training.together import Together, share
@@ -30,11 +31,13 @@ __all__ = [
     "Together",
     "TrainingState",
     "Trouble",
+    "all_like",
     "changes",
     "compiled",
     "conditions",
     "determinism",
     "fastest_layout",
+    "here",
     "is_exact",
     "learning_rate_at",
     "prepare_cublas",
@@ -43,4 +46,5 @@ __all__ = [
     "start",
     "train",
     "until",
+    "whole_weights",
 ]

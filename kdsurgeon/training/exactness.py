@@ -13,7 +13,9 @@ from kdsurgeon.errors import ResourceError, UsageError
 from kdsurgeon.recipe import FREE_ON_RESUME, Recipe
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-MAY_BE_ALLOWED = ("threads", "torch", "world-size", "device")
+MAY_BE_ALLOWED = ("threads", "torch", "world-size", "device", "shard")
+
+_BEFORE = {"shard": "none"}  # what checkpoints of earlier versions do not say
 
 
 def conditions(recipe: Recipe, device: torch.device, world_size: int = 1) -> dict[str, Any]:
@@ -28,6 +30,7 @@ def conditions(recipe: Recipe, device: torch.device, world_size: int = 1) -> dic
         "torch": torch.__version__,
         "world-size": world_size,
         "device": device.type,
+        "shard": "all" if recipe.shard == "all" else "none",  # the teacher's changes no bit
         "recipe": recipe.dump(),
     }
 
@@ -38,8 +41,8 @@ def changes(
     """By name, ``[before, now]`` of every condition that is another and may be.
 
     A number of the recipe may change where no bit depends on it; ``epochs`` may grow, which lets
-    the schedule of a longer run go on from here; threads, torch, world-size and device may where
-    ``allow`` names them.
+    the schedule of a longer run go on from here; threads, torch, world-size, device and shard may
+    where ``allow`` names them.
 
     Raises:
         UsageError: something else changed; names each with both values.
@@ -55,9 +58,9 @@ def changes(
             fix=f"choose from {', '.join(MAY_BE_ALLOWED)}",
         )
     found = {
-        name: [before.get(name), now[name]]
+        name: [before.get(name, _BEFORE.get(name)), now[name]]
         for name in MAY_BE_ALLOWED
-        if before.get(name) != now[name]
+        if before.get(name, _BEFORE.get(name)) != now[name]
     }
     refused = {name: both for name, both in found.items() if name not in allow}
     for key, both in _recipe_changes(before["recipe"], now["recipe"]):

@@ -18,6 +18,7 @@ from kdsurgeon.errors import ModelFileError, UsageError
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.training.optimising import Average, make_optimizer
 from kdsurgeon.training.randomness import RandomState
+from kdsurgeon.training.sharding import is_shared, like, whole
 
 _POSITION = ("epoch", "batch", "step", "samples", "skipped", "splits", "sums", "counts")
 _GROUP = "group "
@@ -67,9 +68,12 @@ class TrainingState:
         }
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """By file: the optimiser's tensors, every random state, and the average if there is one."""
+        """By file: the optimiser's tensors, every random state, and the average if there is one.
+
+        What is shared out is whole on rank 0 and empty elsewhere; all ranks must ask for it.
+        """
         found = {
-            "optimizer": self._optimizer_state()[0],
+            "optimizer": {name: whole(x) for name, x in self._optimizer_state()[0].items()},
             "random": RandomState.now().tensors(),
             "epoch_random": self.epoch_random.tensors(),
         }
@@ -122,6 +126,7 @@ class TrainingState:
 
     def _restore_optimizer(self, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         _check_names("the optimiser's state", tensors, numbers["optimizer"]["tensors"])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         saved = self.optimizer.state_dict()
         saved["state"] = {}
         for key, value in {**tensors, **numbers["optimizer"]["numbers"]}.items():
@@ -129,9 +134,10 @@ class TrainingState:
             if key.startswith(_GROUP):
                 saved["param_groups"][int(index)][name] = value
                 continue
+            if isinstance(value, Tensor) and value.shape == parameters[int(index)].shape:
+                value = like(value, parameters[int(index)])
             saved["state"].setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(saved)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for index, parameter in enumerate(parameters):
             own = self.optimizer.state.get(parameter, {})
             for name, value in own.items():
@@ -172,6 +178,8 @@ def _as_saved(saved: Tensor, loaded: Tensor, parameter: Tensor) -> Tensor:
     """``saved`` in its own precision, where it was loaded to, laid out as its weight is."""
     if saved.shape != parameter.shape or not saved.ndim:
         return saved.to(loaded.device)
+    if is_shared(parameter):
+        return like(saved, parameter)
     return torch.empty_like(parameter, dtype=saved.dtype, device=loaded.device).copy_(saved)
 
 

@@ -142,6 +142,7 @@ def share(
     runs: nn.Module | None = None,
     apart: Collection[nn.Parameter] = (),
     buckets: bool = True,
+    is_sharded: bool = False,
 ) -> Together:
     """Let all ranks train ``model`` from the weights that rank 0 has.
 
@@ -151,9 +152,11 @@ def share(
         runs: what to run where it is another than ``model``: a program made of it.
         apart: weights that not every step uses.
         buckets: average during the backward pass; not where one rank may have to do it again.
+        is_sharded: FSDP2 has shared out the weights already, and averages their gradients.
     """
     runs = model if runs is None else runs
-    ranks.as_first([value for value in model.state_dict().values() if value.numel()])
+    if not is_sharded:
+        ranks.as_first([value for value in model.state_dict().values() if value.numel()])
     before = Before(model)
     before.remember()
     buffers = {name: value.clone() for name, value in model.named_buffers()}
@@ -164,7 +167,7 @@ def share(
         if value.is_floating_point() and not torch.equal(value, buffers[name])
     ]
     statistics = sorted({name for names in ranks.all(moved) for name in names})
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and not is_sharded]
     used = ranks.all([parameter.grad is not None for _, parameter in trained])
     always = [all(column) and buckets for column in zip(*used, strict=True)]
     ids = {id(parameter) for parameter in apart}

@@ -17,6 +17,7 @@ from kdsurgeon.tracing import Inputs, move
 from kdsurgeon.training.layout import arranged, fastest_layout
 from kdsurgeon.training.randomness import RandomState
 from kdsurgeon.training.records import Moment, Objective, Trouble
+from kdsurgeon.training.sharding import clip, total_norm
 from kdsurgeon.training.state import TrainingState
 from kdsurgeon.training.stopping import StopWaiting
 
@@ -168,7 +169,7 @@ class Updater:
         state, optim = self.state, self.recipe.optim
         state.scaler.unscale_(state.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = total_norm(gradients)
         numbers = _numbers([losses for losses, _ in found])
         for index, each in enumerate(numbers):
             if not math.isfinite(each["total"]):
@@ -181,7 +182,7 @@ class Updater:
                 return self._book(booked)
             return self._leave_out("gradient", norm.item(), len(found) - 1, held)
         if optim.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), optim.clip_grad, norm)
+            clip(self.model.parameters(), optim.clip_grad, norm)
         self._step()
         return self._book(booked)
 

@@ -48,7 +48,7 @@ for _name, (_fill, _line, _dark_fill, _dark_line) in _HUES.items():
     _PAINTS[f"mark-{_name}"] = Paint(_line, "none", _dark_line, "none")
     _PAINTS[f"wire-{_name}"] = Paint("none", _line, "none", _dark_line)
 
-DARK = "@media (prefers-color-scheme: dark) {{ {} }}".format(
+DARK = "@media screen and (prefers-color-scheme: dark) {{ {} }}".format(
     " ".join(
         f".kdsurgeon .{role} {{ fill: {paint.dark_fill}; stroke: {paint.dark_stroke}; }}"
         for role, paint in _PAINTS.items()

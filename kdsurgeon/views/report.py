@@ -2,71 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from kdsurgeon.stones import Certificate, Forecast, Plan
-from kdsurgeon.views import palette, units
+from kdsurgeon.views import units
 from kdsurgeon.views.blocks import BlockFacts, describe_blocks
-from kdsurgeon.views.charts import line_chart
+from kdsurgeon.views.charts import NARROW as NARROW_CHART
+from kdsurgeon.views.charts import WIDE as WIDE_CHART
+from kdsurgeon.views.charts import Frame, Points, line_chart
+from kdsurgeon.views.classes import Class, class_changes
 from kdsurgeon.views.drawing import NARROW, draw_plan
+from kdsurgeon.views.page import both, box, facts, page, paragraph, section, table
+from kdsurgeon.views.pareto import Rung, pareto_chart
 from kdsurgeon.views.tables import (
     Accuracies,
+    Row,
     accuracy_finding,
     accuracy_rows,
     closing_lines,
     evidence_of,
 )
 
-_STYLE = (
-    """
-:root { color-scheme: light dark; --page: #fff; --ink: #111827; --faint: #4b5563; --line: #d8dce3;
-        --soft: #f3f4f6; }
-@media (prefers-color-scheme: dark) { :root { --page: #0f141b; --ink: #e8ebf0; --faint: #a9b3c1;
-        --line: #2b3442; --soft: #1a212c; } }
-body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: var(--ink);
-       background: var(--page); max-width: 1120px; margin: 2rem auto; padding: 0 24px; }
-h1 { font-size: 1.5rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
-svg { max-width: 100%; height: auto; display: block; }
-.wide { margin: 0 -24px; } .wide svg { width: 100%; }
-.narrow { display: none; }
-.table, .drawing { overflow-x: auto; }
-.drawing svg { min-width: 800px; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top;
-         white-space: pre-line; }
-th { border-bottom: 2px solid var(--line); font-weight: 600; }
-td { border-bottom: 1px solid var(--line); }
-.number { text-align: right; }
-pre { background: var(--soft); padding: .9rem 1rem; border-radius: 6px; overflow-x: auto;
-      font-size: 13px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: .5rem 0; }
-dt { color: var(--faint); } dd { margin: 0; }
-@media (max-width: 860px) {
-  body { margin: 1rem auto; padding: 0 .9rem; } h1 { font-size: 1.2rem; }
-  .wide { display: none; } .narrow { display: block; }
-  .narrow svg { width: 100%; max-width: 520px; margin: 0 auto; }
-}
-"""
-    + palette.DARK
-)
-
 
 def plan_page(plan: Plan, forecast: Forecast, certificate: Certificate | None = None) -> str:
     """A page with the drawing of a plan, its blocks, and why each boundary is where it is."""
-    title = f"{plan.teacher.trace.name} → {plan.student.trace.name}"
-    return _page(
-        title,
-        _facts(closing_lines(plan, forecast, certificate)),
-        f'<div class="wide">{draw_plan(plan, forecast)}</div>',
-        f'<div class="narrow">{draw_plan(plan, forecast, form=NARROW)}</div>',
-        "<h2>Blocks</h2>",
-        _blocks(plan),
-        "<h2>Why these boundaries</h2>",
-        _evidence(plan),
-        *(f"<p>Relaxed: {escape(wish)}.</p>" for wish in plan.alignment.relaxed),
+    return page(
+        f"{plan.teacher.trace.name} → {plan.student.trace.name}",
+        facts(closing_lines(plan, forecast, certificate)),
+        both(draw_plan(plan, forecast), draw_plan(plan, forecast, form=NARROW)),
+        section("Blocks", _blocks(plan)),
+        section(
+            "Why these boundaries",
+            _evidence(plan),
+            *(paragraph(f"Relaxed: {wish}.") for wish in plan.alignment.relaxed),
+        ),
     )
 
 
@@ -76,48 +48,144 @@ def run_report(
     config: str,
     epochs: Sequence[Mapping[str, Any]],
     plan_svg: str | None = None,
+    narrow_plan_svg: str | None = None,
     final: Accuracies | None = None,
     teacher_accuracy: float | None = None,
+    models: Sequence[Row] = (),
+    exported: Sequence[Row] = (),
+    classes: Sequence[Class] = (),
+    environment: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> str:
-    """A page on one run.
+    """A page on one run; every part but the configuration is left out where it is not known.
 
     Args:
         config: the run's configuration as text.
         epochs: one mapping per epoch with epoch, losses (a mapping), learning_rate, accuracy,
-            seconds and samples or samples_per_second; whatever is missing is left blank.
-        plan_svg: what :func:`draw_plan` gave; it is put in as it is.
+            stones (accuracy by stone), seconds and samples or samples_per_second; whatever is
+            missing is left blank.
+        plan_svg, narrow_plan_svg: what :func:`draw_plan` gave, for wide pages and for phones; they
+            are put in as they are.
         final: accuracies at the end.
         teacher_accuracy: between 0 and 1; a dashed line in the chart of accuracy.
+        models: what teacher, student and stones cost and reach at the end of the run.
+        exported: the same of files that were written and measured: a ladder with latencies.
+        classes: name and counts of each class at the end.
+        environment: what the run was made with, by name.
         notes: sentences to show under the title, such as how the data was split.
     """
-    parts = [_summary(epochs, teacher_accuracy)]
-    parts += [f"<p>{escape(note)}</p>" for note in notes]
+    parts = [_summary(epochs, teacher_accuracy), *map(paragraph, notes)]
+    if final is not None or models:
+        parts.append(section("At the end", *_closing(final, models)))
+    if pictures := [*_pareto(models, "multiply_adds"), *_pareto(exported, "latency_ms")]:
+        parts.append(section("What accuracy costs", *pictures))
     if epochs:
         parts += _curves(epochs, teacher_accuracy)
-    if final is not None:
-        header = (f"on {final.samples:,} samples", "accuracy", "agrees with teacher")
-        parts += ["<h2>At the end</h2>", _table(header, accuracy_rows(final), words=1)]
-        parts += [f"<p>{escape(text)}.</p>" for text in [accuracy_finding(final)] if text]
+    if classes:
+        parts.append(section("By class, against the teacher", class_changes(classes)))
     if plan_svg is not None:
-        parts += ["<h2>Plan</h2>", f'<div class="drawing">{plan_svg}</div>']
+        parts.append(section("Plan", _plan(plan_svg, narrow_plan_svg)))
     if epochs:
-        parts += ["<h2>Epochs</h2>", _epochs(epochs)]
-    parts += ["<h2>Configuration</h2>", f"<pre>{escape(config)}</pre>"]
-    return _page(title, *parts)
+        parts.append(section("Epochs", *_epochs(epochs)))
+    parts.append(section("Configuration", box(f"<pre>{escape(config)}</pre>", "configuration")))
+    if environment:
+        parts.append(section("Environment", facts(environment)))
+    return page(title, *parts)
+
+
+def _plan(wide: str, narrow: str | None) -> str:
+    return both(wide, narrow) if narrow else f'<div class="drawing">{box(wide, "plan")}</div>'
 
 
 def _summary(epochs: Sequence[Mapping[str, Any]], teacher_accuracy: float | None) -> str:
-    facts = {}
+    found = {}
     if teacher_accuracy is not None:
-        facts["teacher"] = f"accuracy {units.percent(teacher_accuracy)}"
+        found["teacher"] = f"accuracy {units.percent(teacher_accuracy)}"
     measured = [line["accuracy"] for line in epochs if line.get("accuracy") is not None]
     if measured:
         last, best = units.percent(measured[-1]), units.percent(max(measured))
-        facts["student"] = f"accuracy {last} after the last epoch, {best} at best"
+        found["student"] = f"accuracy {last} after the last epoch, {best} at best"
     seconds = units.duration(sum(line.get("seconds") or 0.0 for line in epochs))
     number = "1 epoch" if len(epochs) == 1 else f"{len(epochs)} epochs"
-    return _facts(facts | {"training": f"{number} in {seconds}"})
+    return facts(found | {"training": f"{number} in {seconds}"})
+
+
+def _closing(final: Accuracies | None, models: Sequence[Row]) -> Iterable[str]:
+    """One row for each model: what it reaches and what it costs."""
+    costs = {row.name: row for row in models}
+    if final is None:
+        header = ("", "accuracy")
+        rows = [(row.name, units.percent(row.accuracy)) for row in models]
+    else:
+        header = (f"on {final.samples:,} samples", "accuracy", "agrees with teacher")
+        rows = accuracy_rows(final)
+    if models:
+        header = (*header, "parameters", "multiply-adds")
+        rows = [(*row, *_cost_cells(costs.get(row[0]))) for row in rows]
+    yield table(header, rows, words=1, name="closing figures")
+    if final is not None and (text := accuracy_finding(final)):
+        yield paragraph(f"{text[0].upper()}{text[1:]}.")
+
+
+def _cost_cells(row: Row | None) -> tuple[str, str]:
+    if row is None:
+        return units.UNKNOWN, units.UNKNOWN
+    return units.count(row.parameters), units.count(row.multiply_adds)
+
+
+_COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "multiply_adds": ("multiply-adds of one sample", lambda number: _short(units.count(number))),
+    "latency_ms": ("latency of one sample, in milliseconds", "{:g}".format),
+}
+
+
+def _short(number: str) -> str:
+    """Without the digits that a tick does not need.
+
+    >>> _short("20.0 k"), _short("1.00 M"), _short("1.05 M")
+    ('20 k', '1 M', '1.05 M')
+    """
+    return re.sub(r"\.0+ ", " ", number)
+
+
+def _pareto(models: Sequence[Row], cost: str) -> Iterable[str]:
+    """The picture of accuracy against one cost, where it is known of two models or more."""
+    unit, text = _COSTS[cost]
+    known = [(row, getattr(row, cost)) for row in models if row.accuracy is not None]
+    rungs = [Rung(row.name, spent, row.accuracy) for row, spent in known if spent and row.accuracy]
+    if len(rungs) < 2:
+        return
+    title = f"accuracy against {unit}"
+
+    def draw(frame: Frame) -> str:
+        return pareto_chart(rungs, title=title, unit=unit, text=text, frame=frame)
+
+    if cost == "latency_ms":
+        yield "<h3>Measured on the exported files</h3>"
+    yield both(draw(WIDE_CHART), draw(NARROW_CHART), kind="chart")
+    yield paragraph(
+        "The line joins those that no other beats: none that costs no more is as accurate. "
+        "Hollow dots lie off it.",
+        kind="faint",
+    )
+    if cost == "latency_ms":
+        yield _ladder(models)
+
+
+def _ladder(exported: Sequence[Row]) -> str:
+    header = ("file", "accuracy", "latency", "size", "multiply-adds", "parameters")
+    rows = [
+        (
+            row.name,
+            units.percent(row.accuracy),
+            units.milliseconds(row.latency_ms),
+            units.size(row.file_bytes),
+            units.count(row.multiply_adds),
+            units.count(row.parameters),
+        )
+        for row in exported
+    ]
+    return table(header, rows, words=1, name="exported files")
 
 
 _HEADINGS = {
@@ -129,6 +197,10 @@ _HEADINGS = {
 
 
 def _curves(epochs: Sequence[Mapping[str, Any]], teacher_accuracy: float | None) -> Iterable[str]:
+    accuracies = _accuracies(epochs)
+    if accuracies:
+        level = None if teacher_accuracy is None else ("teacher", teacher_accuracy)
+        yield _curve("Accuracy on held-out data", accuracies, "accuracy", _tick_percent, level)
     names = list(dict.fromkeys(name for line in epochs for name in line.get("losses", {})))
     for kind in dict.fromkeys(name.split(" ")[0] for name in names):
         losses = {
@@ -138,39 +210,65 @@ def _curves(epochs: Sequence[Mapping[str, Any]], teacher_accuracy: float | None)
             for name in names
             if name.split(" ")[0] == kind
         }
-        heading = _HEADINGS.get(kind) or kind
-        yield f"<h2>{escape(heading)}</h2>"
-        yield line_chart(losses, title=f"{kind} by epoch", text="{:.3g}".format)
-    accuracy = [(line["epoch"], line.get("accuracy")) for line in epochs]
-    if any(value is not None for _, value in accuracy):
-        level = None if teacher_accuracy is None else ("teacher", teacher_accuracy)
-        yield "<h2>Accuracy on held-out data</h2>"
-        yield line_chart(
-            {"student": accuracy}, title="accuracy per epoch", text=_tick_percent, level=level
-        )
+        yield _curve(_HEADINGS.get(kind) or kind, losses, kind, "{:.3g}".format)
+
+
+def _accuracies(epochs: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
+    """Of the student and, where the run measured them, its average and every stone."""
+    found: dict[str, Points] = {
+        "student": [(line["epoch"], line.get("accuracy")) for line in epochs]
+    }
+    found["average"] = [(line["epoch"], line.get("ema_accuracy")) for line in epochs]
+    for name in dict.fromkeys(name for line in epochs for name in line.get("stones") or {}):
+        found[name] = [(line["epoch"], (line.get("stones") or {}).get(name)) for line in epochs]
+    return {
+        name: points
+        for name, points in found.items()
+        if any(value is not None for _, value in points)
+    }
+
+
+def _curve(
+    heading: str,
+    series: Mapping[str, Points],
+    what: str,
+    text: Callable[[float], str],
+    level: tuple[str, float] | None = None,
+) -> str:
+    def draw(frame: Frame) -> str:
+        return line_chart(series, title=f"{what} by epoch", text=text, level=level, frame=frame)
+
+    return section(heading, both(draw(WIDE_CHART), draw(NARROW_CHART), kind="chart"))
 
 
 def _tick_percent(share: float) -> str:
     return f"{round(100 * share, 2):g} %"
 
 
-def _epochs(epochs: Sequence[Mapping[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for line in epochs for name in line.get("losses", {})))
-    header = ("epoch", *names, "accuracy", "learning rate", "seconds", "images/s")
-    rows = []
-    for line in epochs:
-        losses = line.get("losses", {})
-        rows.append(
-            (
-                str(line["epoch"]),
-                *(_number(losses.get(name), ".4f") for name in names),
-                units.percent(line.get("accuracy")),
-                _number(line.get("learning_rate"), ".3g"),
-                _number(line.get("seconds"), ".1f"),
-                _number(_speed(line), ",.0f"),
-            )
+def _epochs(epochs: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """What each epoch reached; then its losses, which are too many for paper."""
+    stones = list(dict.fromkeys(name for line in epochs for name in line.get("stones") or {}))
+    header = ("epoch", "accuracy", *stones, "learning rate", "seconds", "images/s")
+    rows = [
+        (
+            str(line["epoch"]),
+            units.percent(line.get("accuracy")),
+            *(units.percent((line.get("stones") or {}).get(name)) for name in stones),
+            _number(line.get("learning_rate"), ".3g"),
+            _number(line.get("seconds"), ".1f"),
+            _number(_speed(line), ",.0f"),
         )
-    return _table(header, rows, words=0)
+        for line in epochs
+    ]
+    yield table(header, rows, words=0, name="epochs")
+    names = list(dict.fromkeys(name for line in epochs for name in line.get("losses", {})))
+    losses = [
+        (str(line["epoch"]), *(_number(line.get("losses", {}).get(name), ".4f") for name in names))
+        for line in epochs
+    ]
+    shown = table(("epoch", *names), losses, words=0, name="losses")
+    yield f'<div class="screen"><h3>Losses</h3>{shown}</div>'
+    yield paragraph("The losses of every epoch stand in metrics.jsonl.", kind="paper")
 
 
 def _speed(line: Mapping[str, Any]) -> float | None:
@@ -199,7 +297,7 @@ def _blocks(plan: Plan) -> str:
                 units.weight(stone.weight) if stone else "",
             )
         )
-    return _table(header, rows, words=8)
+    return table(header, rows, words=8, name="blocks")
 
 
 def _block_cells(block: BlockFacts) -> tuple[str, str, str]:
@@ -222,46 +320,4 @@ def _evidence(plan: Plan) -> str:
                 f"{other.extra_cost:+.3f}" if other else "",
             )
         )
-    return _table(header, rows, words=5)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, words: int) -> str:
-    """An HTML table whose first ``words`` columns hold text and all others numbers."""
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        kinds = ["" if index < words else ' class="number"' for index in range(len(cells))]
-        inner = (f"<{tag}{k}>{_tied(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True))
-        return f"<tr>{''.join(inner)}</tr>"
-
-    body = "\n".join(line("td", row) for row in rows)
-    head = line("th", header)
-    return (
-        f'<div class="table"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n'
-        "</table></div>"
-    )
-
-
-def _tied(cell: str) -> str:
-    """A cell that breaks after a comma and before a plus only, not between a word and its number.
-
-    >>> _tied("progress 0.1 + kind 0.2").split(" ")
-    ['progress&nbsp;0.1', '+&nbsp;kind&nbsp;0.2']
-    """
-    text = escape(cell).replace(" ", "&nbsp;")
-    return text.replace(",&nbsp;", ", ").replace("&nbsp;+", " +")
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    lines = (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
-    return f"<dl>{''.join(lines)}</dl>"
-
-
-def _page(title: str, *parts: str) -> str:
-    title = units.printable(title)
-    head = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-    )
-    body = "\n".join((f"<h1>{escape(title)}</h1>", *parts))
-    return f"{head}{body}\n</body>\n</html>\n"
+    return table(header, rows, words=5, name="evidence")

@@ -10,6 +10,7 @@ import argparse
 import json
 import random
 import re
+import tempfile
 import time
 import warnings
 from collections import defaultdict
@@ -19,9 +20,13 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import torch
 
 from kdsurgeon.alignment import align
+from kdsurgeon.exporting import export
+from kdsurgeon.exporting.gate import read_onnx
 from kdsurgeon.partitioning import CutPoint, cut, find_cut_points
 from kdsurgeon.stones import certify, plan_stones
 from kdsurgeon.tracing import Trace, trace
@@ -148,6 +153,35 @@ def trained(name: str, record: Record) -> None:
     record["certificate"] = repr(certify(plan))
 
 
+def exported(name: str, record: Record) -> None:
+    """Write a student as ONNX at the smallest size it takes, prove it, and count its nodes."""
+    torch.manual_seed(0)
+    model, example = models.real(name)
+    record["family"] = models.family(name)
+    images = torch.randn(8, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.process_time()
+        done = export(model.eval(), Path(folder) / "student.onnx", images[:2], samples=images)
+        record["export_s"] = round(time.process_time() - started, 2)
+        record["nodes"] = len(read_onnx(done.path).model.graph.node)
+        record["left"] = _nodes_that_run(done.path)
+    found = done.parity
+    assert found is not None
+    record |= {"gap": found.gap, "scale": found.scale, "batch_sizes": list(found.batch_sizes)}
+    missing = {1, 3, 8} - set(found.batch_sizes)
+    if missing:
+        raise Gap(f"not compared at batch {missing}")
+
+
+def _nodes_that_run(path: Path) -> int:
+    """How many nodes ONNX Runtime makes of a file by its own optimisation."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(path.with_suffix(".optimised.onnx"))
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return len(onnx.load(options.optimized_model_filepath).graph.node)
+
+
 def decoder(name: str, record: Record) -> None:
     """Trace and cut a decoder of seven billion parameters; how much memory that takes."""
     model, example = models.llama_7b()
@@ -187,6 +221,17 @@ def _trained_names(folder: Path) -> list[str]:
     return planned[:NUM_TRAINED]
 
 
+def _export_names(_: Path) -> list[str]:
+    """Every student, and of the sample the first of each family that they lack."""
+    names = list(models.listed("students"))
+    seen = {models.family(name) for name in names}
+    for name in models.listed("sample"):
+        if models.family(name) not in seen:
+            seen.add(models.family(name))
+            names.append(name)
+    return names
+
+
 @dataclass(frozen=True)
 class Part:
     """One table of the zoo: which names, what is done with each, and what a child may use."""
@@ -203,6 +248,7 @@ PARTS = {
     "others": Part(lambda _: models.others(), modes, Limits(900, 16)),
     "pairs": Part(_pair_names, pairs, Limits(120, 8), _trace_all),
     "trained": Part(_trained_names, trained, Limits(600, 10)),
+    "export": Part(_export_names, exported, Limits(600, 12)),
     "decoder": Part(lambda _: ["hf/LlamaForCausalLM 7B"], decoder, Limits(300, 8)),
 }
 

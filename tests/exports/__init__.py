@@ -1,0 +1,1 @@
+"""Random classifiers as ONNX files, and seeded faults of the exporter that must be refused."""
