@@ -23,6 +23,7 @@ Accuracy after the last epoch; torch 2.13.0+cpu, one thread, 2026-11-21:
 Per epoch the teacher is worth 2 points and the stones no more than plain distillation with the same
 factors: 0.1 points, where two seeds differ by 1.9. For equal compute a student so small learns more
 from three times as many epochs of labels alone. So this pair does not show a gain from stones.
+At temperature 2, seed 0 only: KD 84.9%, Block-KD 85.4%.
 """
 
 from __future__ import annotations

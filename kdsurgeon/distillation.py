@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kdsurgeon.checking import CheckedBatches, first_batch
 from kdsurgeon.checkpoints import ModelCard, model_hash
 from kdsurgeon.errors import NumericsError, PlanError, UsageError
 from kdsurgeon.evaluation import accuracy, evaluate
 from kdsurgeon.keeping import Keeper, load_weights, student_of
-from kdsurgeon.losses import Losses, block_kd_loss, can_fuse, load_distance, task_loss
+from kdsurgeon.losses import Losses, load_distance, task_loss
+from kdsurgeon.objectives import objective
 from kdsurgeon.ranks import ALONE, Ranks
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Checkpoint, Run
@@ -25,7 +27,6 @@ from kdsurgeon.stones import (
     chosen_depths,
     fit_adapters,
     partition,
-    stones_at,
     synthesize,
 )
 from kdsurgeon.teacher_cache import TaughtBatches
@@ -274,7 +275,7 @@ def prepare(
     teacher given can be run no more.
     """
     check_shard(recipe, ranks)
-    example, target = _first_batch(batches)
+    example, target = first_batch(batches)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise UsageError("no weight of the student requires a gradient: there is nothing to train.")
     example = _few(example, next(student.parameters()).device)
@@ -283,7 +284,7 @@ def prepare(
         plan = partition(teacher, student, example, blocks=blocks)
     classes = plan.student.trace.num_classes
     _check_taught(teacher, batches)
-    batches = _Checked(
+    batches = CheckedBatches(
         batches, classes, recipe.loss.ignore_index, one_size=recipe.method == "block-kd"
     )
     batches.check(target)
@@ -480,134 +481,11 @@ def _few(inputs: Inputs, device: torch.device, count: int | None = 2) -> Inputs:
     return few["input"] if list(few) == ["input"] else few
 
 
-def _first_batch(batches: Batches) -> tuple[Inputs, Tensor]:
-    """The inputs and labels of the first batch, if that is what the batches hold."""
-    if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
-        raise UsageError(
-            f"the batches, of type {type(batches).__name__}, cannot be gone through anew each "
-            "epoch.",
-            fix="give a DataLoader, or a list of (images, labels)",
-        )
-    first: Any = next(iter(batches), None)
-    pair = isinstance(first, tuple | list) and len(first) == 2
-    if not pair or not _are_inputs(first[0]) or not isinstance(first[1], Tensor):
-        kind = "nothing" if first is None else f"a {type(first).__name__}"
-        raise UsageError(
-            f"the batches hold {kind}, not pairs of tensors (images, labels).",
-            fix="give a DataLoader whose batches are (images, labels), or ({name: tensor}, labels)",
-        )
-    inputs, target = first
-    is_image = isinstance(inputs, Tensor) and not inputs.is_floating_point()
-    is_index = target.dtype == torch.int64 and target.ndim == 1
-    is_share = target.is_floating_point() and target.ndim == 2
-    if is_image or not (is_index or is_share):
-        raise UsageError(
-            f"a batch holds {_dtypes(inputs)} and labels of {target.dtype} with "
-            f"{target.ndim} axes.",
-            fix="give normalised images of float32, and class indices of int64, one per image, or "
-            "the shares of all classes (batch, classes)",
-        )
-    sizes = {x.shape[:1] for x in ([inputs] if isinstance(inputs, Tensor) else inputs.values())}
-    if target.shape[:1] not in sizes:
-        raise UsageError(
-            f"a batch holds {len(target)} labels for inputs of another number of samples.",
-            given=", ".join("×".join(map(str, size)) or "one number" for size in sorted(sizes)),
-            fix="give one label for each sample",
-        )
-    return inputs, target
-
-
-def _are_inputs(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return bool(value) and all(isinstance(each, Tensor) for each in value.values())
-    return isinstance(value, Tensor)
-
-
-def _dtypes(inputs: Inputs) -> str:
-    if isinstance(inputs, Tensor):
-        return f"images of {inputs.dtype}"
-    return f"inputs of {', '.join(str(value.dtype) for value in inputs.values())}"
-
-
 def _check_taught(teacher: nn.Module, batches: Batches) -> None:
     if isinstance(batches, TaughtBatches) and batches.teacher != model_hash(teacher):
         raise UsageError(
             "the batches hold the answers of another teacher.",
             fix="ask this one: kdsurgeon.cache_teacher(teacher, batches)",
-        )
-
-
-class _Checked:
-    """Batches whose labels are looked at as they come, while they are still on the host."""
-
-    def __init__(
-        self, batches: Batches, classes: int, ignored: int | None, *, one_size: bool
-    ) -> None:
-        self._batches, self._one_size = batches, one_size
-        self._sizes: list[list[int]] | None = None
-        self.check = partial(_check_labels, classes=classes, ignored=ignored)
-
-    def __len__(self) -> int:
-        return len(self._batches) if isinstance(self._batches, Sized) else 0
-
-    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
-        for inputs, target in self._batches:
-            if self._one_size:
-                self._check_sizes(inputs)
-            self.check(target)
-            yield inputs, target
-
-    def _check_sizes(self, inputs: Inputs) -> None:
-        """A graph holds for the sizes it was captured with; only the batch may vary."""
-        each = [inputs] if isinstance(inputs, Tensor) else list(inputs.values())
-        sizes = [list(value.shape[1:]) for value in each]
-        self._sizes = self._sizes or sizes
-        if sizes != self._sizes:
-            raise UsageError(
-                "a batch holds samples of another size than the first.",
-                first="; ".join(map(str, self._sizes)),
-                now="; ".join(map(str, sizes)),
-                fix="resize images, or pad sequences, to one size for the whole run",
-            )
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._batches, name)
-        if name == "shard":
-            known = {**self.check.keywords, "one_size": self._one_size}
-            return lambda rank, world: _Checked(found(rank, world), **known)
-        return found
-
-
-def _check_labels(target: Tensor, classes: int, ignored: int | None) -> None:
-    if target.is_floating_point():
-        _check_shares(target, classes)
-        return
-    counted = target if ignored is None else target[target != ignored]
-    if len(counted) and (counted.min() < 0 or counted.max() >= classes):
-        wrong = counted.max() if counted.max() >= classes else counted.min()
-        raise UsageError(
-            f"a label is {int(wrong)}; the models have {classes} classes, counted from 0.",
-            fix="loss.ignore_index names the label of samples that are not to be counted",
-        )
-
-
-def _check_shares(target: Tensor, classes: int) -> None:
-    fix = "give class indices, or what mixup and cutmix make of them: (batch, classes)"
-    if target.shape[-1] != classes:
-        raise UsageError(
-            f"the labels are shares of {target.shape[-1]} classes; the models have {classes}.",
-            fix=fix,
-        )
-    sums = target.double().sum(-1)
-    # bfloat16 rounds each share by up to 0.2 %; and what is compared so finds NaN, too
-    right = (target >= 0).all(-1) & ((sums - 1).abs() < 0.01)
-    if not right.all():
-        row = int((~right).nonzero()[0])
-        raise UsageError(
-            f"the labels are no shares of {classes} classes: those of sample {row} sum to "
-            f"{sums[row]:.4g}, the least of them is {target[row].min():.4g}.",
-            why="each row must hold numbers of 0 or more that sum to 1",
-            fix=fix,
         )
 
 
@@ -668,71 +546,3 @@ def _check_is_above_chance(measured: float, classes: int) -> None:
             "normalised differently",
             fix="check the teacher file, the class names, and mean and std (--mean, --std)",
         )
-
-
-def objective(stones: SteppingStones, plan: Plan, recipe: Recipe) -> Objective:
-    """The recipe's loss of a batch, through the stones that are trained at that moment."""
-    numbers, distance = recipe.loss, load_distance(recipe.loss.distance)
-
-    def loss(inputs: Inputs, target: Tensor, moment: Moment) -> Losses:
-        weights = stones_at(plan, recipe, moment.progress, moment.step)
-        epochs = moment.progress * recipe.epochs
-        warm = min(1.0, epochs / numbers.stone_warmup) if numbers.stone_warmup else 1.0
-        return block_kd_loss(
-            stones(inputs, tuple(weights)),
-            target,
-            weights=[weight * warm for weight in weights.values()],
-            ce_weight=numbers.ce_weight,
-            kd_weight=numbers.kd_weight,
-            cross_weight=numbers.cross_weight if moment.progress >= numbers.cross_start else 0.0,
-            temperature=numbers.temperature,
-            label_smoothing=numbers.label_smoothing,
-            ignore_index=numbers.ignore_index,
-            distance=distance,
-            fused=numbers.fused,
-        )
-
-    return loss
-
-
-def how_it_runs(recipe: Recipe, device: torch.device) -> str | None:
-    """Which code computes the loss, and why not the fused kernel; None where there is no choice."""
-    if device.type != "cuda" or recipe.method == "ce":
-        return None
-    if not recipe.loss.fused:
-        return "operations of torch, as asked for"
-    chosen = load_distance(recipe.loss.distance)
-    few = torch.zeros(1, 1, 2, device=device)
-    reason = can_fuse(few, few[0], torch.zeros(1, dtype=torch.int64, device=device), chosen)
-    return f"operations of torch: {reason}" if reason else "one kernel for all terms"
-
-
-def formula(plan: Plan, recipe: Recipe) -> str:
-    """The objective with its numbers, as it is printed before a run."""
-    numbers, depths = recipe.loss, chosen_depths(plan, recipe)
-    if recipe.method == "ce":
-        return "L = CE(S, y)"
-    weights = {stone.depth: stone.weight for stone in plan.stones}
-    stones = [(depth, f"{weights[depth]:g}") for depth in depths]
-    name, tau = numbers.distance.upper(), f"{numbers.temperature:g}"
-    ce = " + ".join(["CE(S, y)", *(f"{w}·CE(N{i}, y)" for i, w in stones)])
-    kd = " + ".join([f"{name}(S, T)", *(f"{w}·{name}(N{i}, T)" for i, w in stones)])
-    lines = [f"L = {numbers.ce_weight:g}·[{ce}]", f"  + {numbers.kd_weight:g}·[{kd}]"]
-    if numbers.cross_weight and stones and numbers.cross_start < 1:
-        cross = " + ".join([f"{name}(S, E)", *(f"{name}(N{i}, E)" for i, _ in stones)])
-        begins = int(numbers.cross_start * recipe.epochs) + 1
-        mean = "the N of the step" if numbers.stones == "random" else "mean of N"
-        lines.append(f"  + {numbers.cross_weight:g}·[{cross}] from epoch {begins}, E = {mean}")
-    lines.append(f"  τ = {tau}; S student, T teacher, N stepping stones")
-    sets = [(0.0, numbers.stones), *numbers.stone_schedule] if stones else []
-    for begins, stone_set in sets:
-        when = f"from epoch {int(begins * recipe.epochs) + 1}, " if begins else ""
-        if stone_set == "random":
-            lines.append(f"  {when}one N a step, drawn as often as its factor says")
-        elif len(sets) > 1:
-            lines.append(f"  {when or 'at first '}the stones {_set_in_words(stone_set)}")
-    return "\n".join(lines)
-
-
-def _set_in_words(stones: str | tuple[int, ...]) -> str:
-    return stones if isinstance(stones, str) else ", ".join(map(str, stones))

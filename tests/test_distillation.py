@@ -10,19 +10,13 @@ from torch import nn
 import kdsurgeon
 from kdsurgeon.data import Batches, load
 from kdsurgeon.demo import build
-from kdsurgeon.distillation import (
-    check_teacher,
-    chosen_depths,
-    distill,
-    formula,
-    prepare,
-    train_alone,
-)
+from kdsurgeon.distillation import check_teacher, distill, prepare, train_alone
 from kdsurgeon.errors import DataError, NumericsError, PlanError, TraceError, UsageError
 from kdsurgeon.evaluation import Report, accuracy, evaluate
+from kdsurgeon.objectives import formula
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Run
-from kdsurgeon.stones import partition, synthesize
+from kdsurgeon.stones import chosen_depths, partition, synthesize
 from kdsurgeon.teacher_cache import cache_teacher
 from kdsurgeon.views import accuracy_finding
 from tests import models

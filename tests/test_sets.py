@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdsurgeon.checkpoints import load_model
-from kdsurgeon.distillation import formula, objective
 from kdsurgeon.errors import ConfigError
 from kdsurgeon.losses import block_kd_loss
+from kdsurgeon.objectives import formula, objective
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.stones import (
     chosen_depths,

@@ -28,7 +28,7 @@ from kdsurgeon.cli.live import display, duration
 from kdsurgeon.cli.reporting import write_report
 from kdsurgeon.cli.signals import interruptible
 from kdsurgeon.data import Batches, Split
-from kdsurgeon.distillation import Distillation, check_shard, formula, how_it_runs, prepare
+from kdsurgeon.distillation import Distillation, check_shard, prepare
 from kdsurgeon.errors import (
     Interrupted,
     ModelFileError,
@@ -38,6 +38,7 @@ from kdsurgeon.errors import (
 )
 from kdsurgeon.evaluation import accuracy, evaluate
 from kdsurgeon.keeping import saved_conditions
+from kdsurgeon.objectives import formula, how_it_runs
 from kdsurgeon.ranks import ALONE, Ranks
 from kdsurgeon.recipe import DataRecipe, RunConfig, read_config, write_yaml
 from kdsurgeon.runs import Checkpoint, Run, check_is_free, environment
