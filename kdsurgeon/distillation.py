@@ -41,6 +41,7 @@ from kdsurgeon.training import (
     Together,
     TrainingState,
     Trouble,
+    check_optimizer,
     compiled,
     determinism,
     scatter,
@@ -275,6 +276,7 @@ def prepare(
     teacher given can be run no more.
     """
     check_shard(recipe, ranks)
+    check_optimizer(recipe.optim)
     example, target = first_batch(batches)
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise UsageError("no weight of the student requires a gradient: there is nothing to train.")

@@ -172,13 +172,12 @@ class Keeper:
         self._saved = self.state.step
 
     def _write(self, own: dict[str, dict[str, Tensor]], now: dict[str, Any], *, best: bool) -> None:
-        folder = self.run.path / "student"
-        save_model(self.student, folder / "last.safetensors", self.card)
+        self._save_student("last")
         if best:
-            save_model(self.student, folder / "best.safetensors", self.card)
+            self._save_student("best")
         if self.state.average is not None:
             with self.state.average.in_place():
-                save_model(self.student, folder / "ema.safetensors", self.card)
+                self._save_student("ema")
         tensors = {"student": self.student.state_dict(), **own}
         if (adapters := _adapters(self.model)) is not None:
             tensors["adapters"] = adapters.state_dict()
@@ -188,6 +187,10 @@ class Keeper:
             "conditions": now,
         }
         self.run.save_checkpoint(self.state.step, tensors, state, best=best)
+
+    def _save_student(self, name: str) -> None:
+        path = self.run.path / "student" / f"{name}.safetensors"
+        self.run.making_room(lambda: save_model(self.student, path, self.card), path.name)
 
     def _conditions(self) -> dict[str, Any]:
         device = next(self.model.parameters()).device

@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -51,6 +52,7 @@ from kdsurgeon.errors import ModelFileError, ResourceError, UsageError
 KEPT_CHECKPOINTS = 2
 MANIFEST = "MANIFEST.json"
 MANIFEST_VERSION = 2
+_FIRST_FILES = ("config.yaml", "plan.yaml", "run.json", "train.log")
 _NAME = re.compile(r"step-(\d{6,})(\.old)?")
 _RECORDED_PACKAGES = ("kdsurgeon", "torch", "numpy", "onnx", "onnxruntime", "safetensors")
 
@@ -234,21 +236,35 @@ class Run:
         text = json.dumps(state, indent=1).encode()
         writers["state.json"] = partial(write_whole, chunks=[text])
         try:
-            self._write(final, writers, facts)
+            self.making_room(partial(self._write, final, writers, facts), final.name, final)
         except ResourceError as error:
-            dropped = self._prune(final, kept=1) if is_full(error) else []
-            if not dropped:
-                raise self._told(error, tensors) from error
-            try:
-                self._write(final, writers, facts)
-            except ResourceError as again:
-                raise self._told(again, tensors) from again
-            self.log(f"disk full: {', '.join(dropped)} made room for {final.name}")
+            raise self._told(error, tensors) from error
         self._read_back(final)
         self._prune(final)
         if facts["number"] <= 1:  # the second is larger: the optimiser has begun to remember
             self._check_room(final, is_first=facts["number"] == 0)
         return final
+
+    def making_room(self, write: Callable[[], Any], name: str, newest: Path | None = None) -> None:
+        """``write`` what is called ``name``; where the disk is full, once more without the
+        checkpoints before the ``newest``."""
+        try:
+            write()
+        except ResourceError as error:
+            newest = newest or next(reversed(self._checkpoints()), None)
+            dropped = self._prune(newest, kept=1) if newest and is_full(error) else []
+            if not dropped:
+                raise
+            write()
+            self.log(f"disk full: {', '.join(dropped)} made room for {name}")
+
+    def withdraw(self) -> None:
+        """Remove what was written of a run that could not begin; other files of the folder stay."""
+        for name in (*_FIRST_FILES, ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.path / "checkpoints", self.path / "student", self.path):
+            with suppress(OSError):  # it holds something else
+                folder.rmdir()
 
     def _write(
         self, final: Path, writers: Mapping[str, Callable[[Path], Any]], facts: Mapping[str, Any]
@@ -366,7 +382,7 @@ class Run:
         """The newest checkpoint that is whole, and what was wrong with newer ones.
 
         Raises:
-            ModelFileError: there are checkpoints and none is whole.
+            ModelFileError: there are checkpoints and none is whole, or there were some.
             ResourceError: one may not be read, or does not fit into memory; it may be whole.
         """
         found = self._checkpoints()
@@ -382,7 +398,15 @@ class Run:
             return checkpoint, complaints
         if found:
             raise ModelFileError(
-                f"{self.path} has no checkpoint that is whole.", why="\n".join(complaints)
+                f"{self.path} has no checkpoint that is whole.",
+                why="\n".join(complaints),
+                fix="start a new run with another --output; student/last.safetensors is the "
+                "student as it was saved last",
+            )
+        if self.metrics():
+            raise ModelFileError(
+                f"{self.path} has trained, and its checkpoints are gone.",
+                fix="put its folder checkpoints back, or start a new run with another --output",
             )
         return None, complaints
 
@@ -514,7 +538,10 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         known, files = body.pop("version"), body.pop("files")
         body.pop("seal")
     except FileNotFoundError as error:
-        raise ModelFileError(f"{folder} has no {MANIFEST}.") from error
+        raise ModelFileError(
+            f"{folder} has no {MANIFEST}.",
+            fix="name a run folder that has ended, or one of its checkpoints",
+        ) from error
     except OSError as error:
         raise _cannot_read(path, error) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -646,7 +673,7 @@ def _cannot_write(path: Path, error: OSError) -> ResourceError:
     return ResourceError(
         f"{path} cannot be written: {error.strerror or error}.",
         room=f"{in_words(free_space(path))} are free there" if is_full(error) else None,
-        fix="name a folder with room that you may write to: --output FOLDER",
+        fix="make room there and let it be written to, or begin in another folder: --output FOLDER",
     )
 
 

@@ -15,13 +15,15 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     """``timm.create_model(name, **kwargs)``; ``pretrained=true`` loads weights from the hub.
 
     Raises:
-        UsageError: timm is not installed, or knows no such model.
+        UsageError: timm is not installed, cannot be imported, or knows no such model.
     """
     try:
         import timm
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
         raise UsageError(
-            f"timm/{name} needs timm.", why=str(error), fix="pip install timm"
+            f"timm/{name} needs timm.",
+            why=str(error),
+            fix="pip install timm, and the torchvision that matches your torch",
         ) from error
     if not timm.is_model(name):
         raise UsageError(

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import warnings
 from dataclasses import replace
 from itertools import product
@@ -1335,6 +1336,23 @@ def test_runs_without_stones_are_resumed_and_measured_like_the_others(method, ca
     assert main(["distill", "--resume", "new"]) == 0
     assert main(["eval", "new"]) == 0
     assert "student" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(refused, monkeypatch, tmp_path):
+    line = ["distill", *PAIR, *DIGITS, "--epochs", "1", "-b", "256", "-o", "barred"]
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    refused([*line, "--track", "mlflow"], 7, "the tracker mlflow cannot be opened")
+    assert not Path("barred").exists()
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    refused([*line, "--opt", "lamb"], 2, "which cannot be imported", "--opt sgd")
+    assert not Path("barred").exists()
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(run, refused):
+    shutil.rmtree(run / "checkpoints")
+    words = "has trained, and its checkpoints are gone"
+    refused(["distill", "--resume", run], 3, words, writes=True)  # an empty folder checkpoints
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_verify_names_the_file_that_changed(run, refused):

@@ -57,10 +57,16 @@ def deployed(digit_models, tmp_path_factory):
 @pytest.fixture(scope="module")
 def answers(deployed, digit_models):
     """What the network itself says of the pictures, normalised as its file says: (n, classes)."""
+    return answers_in(255, deployed, digit_models)
+
+
+def answers_in(steps, deployed, digit_models):
+    """The same of pictures of so many shades; the digits have 16, their files 255."""
     known = onnxruntime.InferenceSession(deployed / "student.onnx").get_modelmeta()
     mean, std = (json.loads(known.custom_metadata_map[name])[0] for name in ("mean", "std"))
     pictures = [np.asarray(Image.open(deployed / f"{n}.png")) for n in range(PICTURES)]
-    images = torch.from_numpy(np.stack(pictures).astype(np.float32))[:, None] / 255
+    shades = np.rint(np.stack(pictures).astype(np.float32) / 255 * steps) / steps
+    images = torch.from_numpy(shades)[:, None]
     model = load_model(str(digit_models / "teacher.pt")).model.eval()
     with torch.inference_mode():
         return model((images - mean) / std).numpy()
@@ -79,14 +85,48 @@ def run_alone(program: str, folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_twenty_lines_of_python_classify_as_the_network_does(deployed, answers):
-    program = blocks("python")[0]
-    assert len([line for line in program.splitlines() if line.strip()]) <= 20
+def run_first(deployed: Path, file: str) -> list[list[str]]:
     names = [f"{number}.png" for number in range(PICTURES)]
-    lines = [
-        line.split() for line in run_alone(program, deployed, "student.onnx", *names).splitlines()
-    ]
+    shown = run_alone(blocks("python")[0], deployed, file, *names)
+    lines = [line.split() for line in shown.splitlines()]
     assert [line[0] for line in lines] == names
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--softmax"], ("input", "probabilities")),
+        (["--embed-preprocessing"], ("image", "logits")),
+        (["--embed-preprocessing", "--softmax", "--static"], ("image", "probabilities")),
+    ],
+)
+def test_the_same_program_serves_files_of_other_forms(flags, names, deployed, digit_models):
+    model = str(digit_models / "teacher.pt")
+    line = ["export", model, str(deployed / "other.onnx"), "--data-dir", "digits"]
+    assert main([*line, *flags]) == 0
+    session = onnxruntime.InferenceSession(deployed / "other.onnx")
+    assert (session.get_inputs()[0].name, session.get_outputs()[0].name) == names
+    lines = run_first(deployed, "other.onnx")
+    answers = answers_in(16 if names[0] == "image" else 255, deployed, digit_models)
+    assert [int(line[1]) for line in lines] == answers.argmax(1).tolist()
+    shares = np.exp(answers - answers.max(1, keepdims=True))
+    shares = (shares / shares.sum(1, keepdims=True)).max(1)
+    assert [line[2] for line in lines] == [f"{share:.1%}" for share in shares]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_file_that_lacks_a_fact_is_told_apart(number, deployed, digit_models):
+    model, bare = str(digit_models / "student.pt"), deployed / "bare.onnx"
+    assert main(["export", model, str(bare), "--input-size", "1,8,8"]) == 0
+    with pytest.raises(AssertionError, match="does not say class_names, mean, std: export with"):
+        run_alone(blocks("python")[number], deployed, "bare.onnx", "0.png")
+
+
+def test_a_few_lines_of_python_classify_as_the_network_does(deployed, answers):
+    program = blocks("python")[0]
+    assert len([line for line in program.splitlines() if line.strip()]) <= 25
+    lines = run_first(deployed, "student.onnx")
     assert [int(line[1]) for line in lines] == answers.argmax(1).tolist()
     assert len({line[1] for line in lines}) > 4, "they are not all of one class"
     shares = np.exp(answers - answers.max(1, keepdims=True))

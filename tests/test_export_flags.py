@@ -53,3 +53,129 @@ def test_forms_that_contradict_each_other_are_refused(capsys):
     assert main([*EXPORT, "--static", "--dynamic-size"]) == 2
     assert main([*EXPORT, "--half", "--int8"]) == 2
     assert list(Path().glob("*.onnx")) == []
+
+
+# What is never written over, and what stays beside
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "plan.yaml", "metrics.jsonl", "train.log", "x"])
+def test_a_file_of_a_run_is_never_an_output(name, capsys):
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("teacher: t.pt")
+    output = Path("run", name)
+    output.write_text("of the run")
+    assert main(["export", "run", str(output)]) == 2
+    assert "a name that ends in .onnx" in capsys.readouterr().err
+    assert output.read_text() == "of the run"
+    assert main(["export", "student.pt", "y.json", "--data-dir", "digits"]) == 2
+    assert not Path("y.json").exists()
+
+
+def test_an_int8_file_of_an_earlier_export_is_told(capsys):
+    assert main([*EXPORT, "--int8"]) == 0
+    assert "of an earlier export" not in capsys.readouterr().out
+    assert main([*EXPORT]) == 0
+    assert "x.int8.onnx is of an earlier export" in capsys.readouterr().out
+
+
+def test_forced_int8_that_fails_its_gate_is_kept_under_a_name_that_says_so(capsys, monkeypatch):
+    Path("x.onnx").write_bytes(b"earlier")
+    monkeypatch.setattr("kdsurgeon.exporting.int8._passes", lambda *_: False)
+    assert main([*EXPORT, "--int8", "--int8-budget", "0"]) == 5
+    assert [path.name for path in Path().glob("*.onnx")] == ["x.onnx"]
+    assert main([*EXPORT, "--int8", "--int8-budget", "0", "--force"]) == 5
+    assert "x.int8.unproved.onnx, which failed; do not ship it" in capsys.readouterr().err
+    names = sorted(path.name for path in Path().glob("*.onnx"))
+    assert names == ["x.int8.unproved.onnx", "x.onnx"]
+    assert Path("x.onnx").read_bytes() == b"earlier"
+    assert read_metadata("x.int8.unproved.onnx")["kdsurgeon.verified"] == "false"
+    Path("y.int8.unproved.onnx").mkdir()
+    line = ["export", "student.pt", "y.onnx", "--data-dir", "digits", "--int8", "--force"]
+    assert main(line) == 2
+
+
+# What the file says of itself without data
+
+
+def test_what_flags_say_of_the_images_is_stored_without_data():
+    line = ["export", "student.pt", "x.onnx", "--input-size", "1,8,8"]
+    assert main(line) == 0
+    found = read_metadata("x.onnx")
+    assert json.loads(found["input_size"]) == [1, 8, 8]
+    assert not {"mean", "std", "scale", "class_names"} & found.keys()
+    assert main([*line, "--mean", "0.3", "--std", "0.25"]) == 0
+    found = read_metadata("x.onnx")
+    assert (json.loads(found["mean"]), json.loads(found["std"])) == ([0.3], [0.25])
+    assert main([*line, "--mean", "0.3,0.3", "--std", "0.2,0.2"]) in (2, 4)
+
+
+def test_calibration_images_say_how_they_are_normalised_and_judge_no_accuracy(capsys):
+    assert main(["export", "student.pt", "x.onnx", "--int8", "--calib-data", "digits"]) == 0
+    shown = capsys.readouterr().out
+    assert "accuracy was not judged" in shown and "agreement on 512 samples only" in shown
+    for name in ("x.onnx", "x.int8.onnx"):
+        found = read_metadata(name)
+        assert json.loads(found["scale"]) == 16.0 and json.loads(found["input_size"]) == [1, 8, 8]
+        assert 0.2 < json.loads(found["mean"])[0] < 0.4, "of the digits, in 0..1"
+        assert "class_names" not in found, "these are not the classes of the model's file"
+
+
+# Options that would be ignored, and wrong targets
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [
+        (["--int8-mode", "static"], "--int8"),
+        (["--no-int8-gate"], "--int8"),
+        (["--int8-budget", "4"], "--int8"),
+        (["--calib-data", "digits"], "--int8"),
+        (["--calib-method", "entropy"], "--int8"),
+        (["--calib-images", "9"], "--int8"),
+        (["--max-drop", "1"], "--int8"),
+        (["--int8", "--qat-epochs", "2"], "--int8-mode qat"),
+        (["--last"], "a run folder"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(flags, needed, capsys):
+    assert main([*EXPORT, *flags]) == 2
+    assert f" needs {needed}" in capsys.readouterr().err
+    assert list(Path().glob("*.onnx")) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["export", "runs", "x.onnx"], "runs is a folder of runs"),
+        (["benchmark", "runs"], "name one, e.g. runs/a"),
+        (["benchmark", "runs/a"], "runs/a/student/best.safetensors"),
+        (["benchmark", "demo/student"], "--input-size C,H,W\n"),
+    ],
+)
+def test_what_is_no_model_is_told_what_to_name(line, words, capsys):
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/config.yaml").touch()
+    assert main(line) == 2
+    shown = capsys.readouterr().err
+    assert words in shown and "--data-dir" not in shown
+
+
+# benchmark
+
+
+def test_a_file_that_takes_raw_images_is_timed_beside_others(capsys):
+    assert main([*EXPORT, "--embed-preprocessing"]) == 0
+    capsys.readouterr()
+    assert main(["benchmark", "x.onnx", "student.pt", "--batch-size", "1,2"]) == 0
+    assert capsys.readouterr().out.count(" ms ") == 4 + 2  # and twice in the head
+    assert main(["benchmark", "x.onnx", "--compile"]) == 2
+    assert "--compile needs a PyTorch model" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_beside_their_file_are_named(capsys):
+    assert main([*EXPORT, "--external"]) == 0
+    (data,) = Path().glob("*.data")
+    data.rename("other.data")
+    assert main(["benchmark", "x.onnx"]) == 3
+    shown = capsys.readouterr().err
+    assert data.name in shown and "under the names they were written with" in shown

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdsurgeon.errors import NumericsError
-from kdsurgeon.exporting import Form, export, parity
+from kdsurgeon.errors import NumericsError, UsageError
+from kdsurgeon.exporting import Form, Int8, export, parity
 from kdsurgeon.exporting.converting import Conversion, Network, convert
 from kdsurgeon.exporting.divergence import first_divergence
 from kdsurgeon.exporting.samples import by_name
@@ -204,6 +204,49 @@ def test_force_keeps_a_failed_file_under_a_name_that_says_so(
     monkeypatch.undo()
     with pytest.raises(NumericsError, match="does not compute what Net computes"):
         parity(Net(), tmp_path / "x.unproved.onnx", images(2))
+
+
+def test_a_file_that_overflows_float16_is_kept_when_forced(tmp_path: Path) -> None:
+    net = Net()
+    net.stem.weight.data *= 1e4  # fits, and what it computes does not
+    for force in (False, True):
+        with pytest.raises(NumericsError, match="would overflow") as caught:
+            export(net, tmp_path / "x.onnx", images(2), form=Form(half=True), force=force)
+        assert ("kept" in caught.value.notes) is force
+        left = [path.name for path in tmp_path.iterdir()]
+        assert left == (["x.unproved.onnx"] if force else [])
+
+
+def test_a_failed_int8_file_leaves_both_files_of_before(tmp_path: Path) -> None:
+    def fails(fp32: Path) -> Int8:
+        assert onnx.load(fp32).graph.node, "it is given the proved fp32 file"
+        raise NumericsError("int8 lost too much.")
+
+    names = ("x.onnx", "x.int8.onnx")
+    for name in names:
+        (tmp_path / name).write_bytes(b"earlier")
+    with pytest.raises(NumericsError, match="int8 lost too much"):
+        export(Net(), tmp_path / "x.onnx", images(2), make_int8=fails)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert [(tmp_path / name).read_bytes() for name in names] == [b"earlier"] * 2
+    for form in (Form(half=True), Form(batch=1)):
+        with pytest.raises(UsageError, match="int8 is made of an fp32 file"):
+            export(Net(), tmp_path / "x.onnx", images(2), make_int8=fails, form=form)
+
+
+def test_a_network_that_no_file_can_equal_is_told_what_to_do(tmp_path: Path) -> None:
+    class Batchwise(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x - x.mean(0)).flatten(1)[:, :4]
+
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :4] + torch.tensor(float("nan"))
+
+    for network, words in ((Batchwise(), "running statistics"), (Broken(), "before training")):
+        with pytest.raises(NumericsError) as caught:
+            export(network, tmp_path / "x.onnx", images(2))
+        assert words in caught.value.notes["fix"]
 
 
 def test_without_force_a_failed_file_is_gone(

@@ -405,6 +405,25 @@ def test_each_half_of_the_gate_holds_alone(agreement: float, drop: float) -> Non
     assert int8_module._passes(right, MIN_AGREEMENT, MAX_DROP)
 
 
+@pytest.mark.parametrize(
+    ("agreement", "drop", "is_trained", "words"),
+    [
+        (0.9, -0.0375, True, ["gives too many samples another class", "no accuracy drop (+3.75"]),
+        (0.9, None, False, ["gives too many samples", "accuracy drop not measured"]),
+        (0.99, 0.02, False, ["loses too much", "accuracy drop 2.00 points"]),
+    ],
+)
+def test_a_refusal_names_what_failed_and_the_flags_that_help(
+    agreement: float, drop: float | None, is_trained: bool, words: list[str]
+) -> None:
+    measured = Int8(Path("x.onnx"), 1, "", agreement, 1000, 0.9, drop)
+    error = int8_module._refusal(measured, MIN_AGREEMENT, MAX_DROP, is_trained=is_trained)
+    assert all(word in error.what for word in words)
+    fix = error.notes["fix"]
+    assert all(flag in fix for flag in ("--calib-images", "--int8-budget", "--no-int8-gate"))
+    assert ("--int8-mode qat" in fix) is not is_trained
+
+
 def test_a_failed_gate_leaves_neither_file(clear: Tensor, tmp_path: Path) -> None:
     with pytest.raises(NumericsError, match="accuracy drop not measured"):
         export(

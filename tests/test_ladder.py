@@ -13,7 +13,7 @@ from torch import nn
 
 from kdsurgeon.checkpoints import load_model
 from kdsurgeon.cli import main
-from kdsurgeon.cli.ladder import _checkpoint, stone_outputs, stone_path
+from kdsurgeon.cli.ladder import _checkpoint, _epoch, stone_outputs, stone_path
 from kdsurgeon.costs import node_costs, total
 from kdsurgeon.data import load
 from kdsurgeon.errors import PlanError, UsageError
@@ -193,6 +193,19 @@ def test_the_page_beside_the_record_shows_the_measured_curve(run):
     page = (run / "run" / "export" / "s.html").read_text(encoding="utf-8")
     assert "Measured on the exported files" in page
     assert "accuracy against latency" in page and "<td>stone&nbsp;1</td>" in page
+    lines = (run / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    best = max(map(json.loads, lines), key=lambda line: line["accuracy"])
+    assert f"Student and stones are those of epoch {best['epoch']}." in page
+    assert f"Measured after epoch {len(lines)}, the last." in page
+
+
+def test_a_checkpoint_is_of_the_epoch_that_its_newest_update_was_in(run):
+    found = (run / "run" / "checkpoints").glob("step-*")
+    for number, path in enumerate(sorted(found), start=1):
+        checkpoint = read_checkpoint(path)
+        assert _epoch(checkpoint) == number
+        checkpoint.state["training"]["batch"] = 3
+        assert _epoch(checkpoint) == number + 1
 
 
 def test_the_metadata_says_which_network_it_is(run):

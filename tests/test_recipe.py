@@ -881,6 +881,9 @@ def test_equal_recipes_have_equal_hashes_and_every_key_counts() -> None:
     ]
     hashes = {recipe.hash() for recipe in [base, *changed]}
     assert len(hashes) == 5
+    run = RunConfig(teacher="t.pt", student="s.pt", data_dir="digits", output="one")
+    moved = run.replace(output="two", log_interval=7, data={"workers": 3}, optim={"skip_nan": 1})
+    assert run.hash() == moved.hash() != run.replace(epochs=7).hash()
     assert all(len(digest) == 64 for digest in hashes)
     without_sign = LossRecipe(kd_weight=0)
     assert LossRecipe(kd_weight=-0.0).hash() == without_sign.hash()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import asdict
+from itertools import product
 
 import pytest
 import torch
@@ -189,6 +191,23 @@ def test_names_of_rungs_far_apart_cover_no_dot_and_no_other_name():
         assert not any(meet(each, (x - 5, y - 5, x + 5, y + 5)) for each in boxes for x, y in dots)
 
 
+def test_a_name_stands_beside_its_dot_or_a_line_leads_to_it():
+    lone = [Rung("student", 399_000, 0.2125), Rung("stone 3", 565_000, 0.55)]
+    lone += [Rung("stone 2", 973_000, 0.825), Rung("teacher", 1_490_000, 1.0)]
+    crowd = [Rung(f"stone {n}", 1_000_000 + n, 0.5) for n in range(9)]
+    for rungs, frame in product((lone, crowd), (WIDE, NARROW)):
+        chart = ET.fromstring(pareto_chart(rungs, title="", unit="", text=str, frame=frame))
+        dots = [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in chart.iter(f"{SVG}circle")]
+        names = {t.text: box(t) for t in chart.iter(f"{SVG}text")}
+        far = 0
+        for rung, (x, y) in zip(rungs, dots, strict=True):
+            left, top, right, bottom = names[rung.name]
+            away = math.dist((x, y), (min(max(x, left), right), min(max(y, top), bottom)))
+            far += away > 20
+        assert far <= len(list(chart.iter(f"{SVG}path")))
+        assert (far > 0) == (rungs is crowd)
+
+
 def box(name: ET.Element) -> tuple[float, float, float, float]:
     x, y, half = float(name.attrib["x"]), float(name.attrib["y"]), LETTER * len(name.text or "") / 2
     return x - half, y - 12, x + half, y + 3
@@ -207,8 +226,39 @@ def test_a_page_plots_accuracy_against_multiply_adds_and_measured_latency():
         "accuracy against multiply-adds", "accuracy against latency",
     ]  # fmt: skip
     text = " ".join(words(page).split())
-    assert "teacher 98.0 % – 887 k 3.61 M student 94.0 % 93.0 % 3.73 k 21.4 k" in text
+    assert "teacher 98.0 % 3.61 M 887 k – student 94.0 % 21.4 k 3.73 k 93.0 %" in text
     assert "student 93.0 % 0.014 ms 20.0 kB" in text
+
+
+def test_a_picture_speaks_of_a_line_only_where_it_has_one():
+    bests = {"student": "The line joins", "teacher": "No other is as accurate as teacher"}
+    for fast, finding in bests.items():
+        exported = [
+            Row("student", 0.9, latency_ms=0.1 if fast == "student" else 0.3),
+            Row("teacher", 0.98, latency_ms=0.2),
+        ]
+        page = run_report("run", config="", epochs=[], exported=exported)
+        (chart,) = charts(page)
+        assert (chart.find(f"{SVG}polyline") is None) == ("The line joins" not in page)
+        assert finding in page and "Hollow" not in page
+
+
+def test_the_page_of_a_ladder_says_which_epoch_each_figure_is_of():
+    epochs = [an_epoch(n, accuracy=1 - n / 10) for n in (1, 2, 3)]
+    final = Report(450, 0.7, 0.98, {1: 0.8}, 0.7, {1: 0.8})
+    exported = [Row("student", 0.9, latency_ms=0.1), Row("teacher", 0.98, latency_ms=0.2)]
+
+    def told(epoch: int | None) -> str:
+        known = {"final": final, "models": MODELS, "exported": exported, "exported_epoch": epoch}
+        return words(run_report("run", config="", epochs=epochs, **known))
+
+    for epoch in (1, 2, 3):
+        assert "Measured after epoch 3, the last." in told(epoch)
+        assert f"Student and stones are those of epoch {epoch}." in told(epoch)
+        assert (f"The exported files are of epoch {epoch}, " in told(epoch)) == (epoch != 3)
+    assert "90.0 % at best (epoch 1)" in told(1)
+    assert "exported files are of epoch" not in told(None)
+    assert "Student and stones are those" not in told(None)
 
 
 def test_a_page_without_two_known_models_plots_no_curve():
@@ -244,6 +294,73 @@ def test_the_accuracy_of_every_stone_is_drawn_where_the_run_measured_it():
     page = run_report("run", config="", epochs=new)
     assert "stone 2 70 %" in [text.text for text in charts(page)[0].iter(f"{SVG}text")]
     assert page.count('<td class="number">60.0&nbsp;%</td>') == 3
+
+
+def test_series_of_one_epoch_are_numbers_and_no_chart():
+    losses = {"total": 0.0, "cross student": 0.25}
+    page = run_report("run", config="", epochs=[an_epoch(1, losses=losses)], teacher_accuracy=0.9)
+    assert charts(page) == []
+    assert page.count("Of epoch 1 only: no curve yet.") == 3
+    for name, value in (
+        ("teacher", "90 %"),
+        ("student", "50 %"),
+        ("student", "0.25"),
+        ("total", 0),
+    ):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+    late = [an_epoch(1), an_epoch(2, losses=losses)]
+    titles = [
+        chart.findtext(f"{SVG}title") for chart in charts(run_report("", config="", epochs=late))
+    ]
+    assert titles == ["accuracy by epoch", "total by epoch"]
+
+
+def test_a_learner_has_one_colour_on_the_whole_page():
+    names = ["student", *(f"stone {depth}" for depth in range(1, palette.NUM_HUES + 1))]
+    losses = {f"ce {name}": 0.1 * n for n, name in enumerate(names)}
+    stones = {name: 0.1 * n for n, name in enumerate(names) if n}
+    epochs = [an_epoch(n, losses=losses, stones=stones) for n in (1, 2)]
+    rows = [Row(name, 0.1 * n, 1, 2 + n) for n, name in enumerate(["teacher", *names], start=1)]
+    page = run_report("run", config="", epochs=epochs, models=rows, teacher_accuracy=0.9)
+    found: dict[str, set[str]] = {name: set() for name in ["teacher", *names]}
+    costs, *curves = charts(page)
+    for circle in costs.findall(f"{SVG}circle"):
+        name = (circle.findtext(f"{SVG}title") or "").split(":")[0]
+        found[name].add(circle.attrib["class"].split("-")[1])
+    for text in (text for chart in curves for text in chart.iter(f"{SVG}text")):
+        if text.attrib["class"].startswith("mark-"):
+            name = (text.text or "").rsplit(" ", 2 if "%" in (text.text or "") else 1)[0]
+            found[name].add(text.attrib["class"].split("-")[1])
+    for depth in range(1, palette.NUM_HUES + 1):
+        assert found[f"stone {depth}"] == {palette.hue(depth - 1)}, "as the plan's boundary"
+    assert all(len(hues) == 1 for hues in found.values())
+    assert len(set.union(*found.values())) == len(found), "no two share one"
+
+
+@pytest.mark.parametrize("frame", [WIDE, NARROW])
+def test_a_tick_leads_from_each_line_to_its_label_and_the_teacher_lies_on_top(frame):
+    series = {"stone 1": 0.885, "stone 2": 1.0, "stone 3": 1.0, "student": 0.729}
+    points = {name: [(1, 0.2), (3, value)] for name, value in series.items()}
+    chart = ET.fromstring(
+        line_chart(points, title="", text="{:g}".format, level=("teacher", 1.0), frame=frame)
+    )
+    drawn = list(chart)
+    (level,) = chart.findall(f"{SVG}line[@stroke-dasharray]")
+    lines = chart.findall(f"{SVG}polyline")
+    assert len(lines) == 4 and all(drawn.index(line) < drawn.index(level) for line in lines)
+    assert all(float(level.attrib["stroke-width"]) > float(w.attrib["stroke-width"]) for w in lines)
+    ends = {line.attrib["class"]: float(line.attrib["points"].split(",")[-1]) for line in lines}
+    ends[level.attrib["class"]] = float(level.attrib["y2"])
+    labels = [t for t in chart.iter(f"{SVG}text") if t.attrib["class"].startswith("mark-")]
+    ticks = {tick.attrib["class"]: tick.attrib["d"].split() for tick in chart.iter(f"{SVG}path")}
+    assert (labels[0].text or "").startswith("teacher"), "of equals, the first"
+    assert len(ticks) == len(labels) == 5
+    for label in labels:
+        wire = label.attrib["class"].replace("mark", "wire")
+        _, start_x, start_y, _, end_x, end_y = ticks[wire]
+        assert float(start_y) == ends[wire]
+        assert float(end_y) == pytest.approx(float(label.attrib["y"]) - 4.5, abs=0.11)
+        assert frame.width - frame.right < float(start_x) < float(end_x) < float(label.attrib["x"])
 
 
 def test_a_moving_average_has_a_line_of_its_own():

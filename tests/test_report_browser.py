@@ -179,6 +179,20 @@ def test_what_scrolls_in_its_own_box_can_be_reached_by_keyboard(browser, pages):
     assert all(index == 0 and name and width <= 390 for index, name, width in found)
 
 
+def test_a_table_that_scrolls_shows_it_and_keeps_its_first_column(browser, pages):
+    browser.open((pages / "crowded.html").as_uri(), width=390)
+    found = browser.value(
+        "[...document.querySelectorAll('.box')].filter(b => b.scrollWidth > b.clientWidth + 60 &&"
+        " b.querySelector('.pinned')).map(b => { b.scrollLeft = 50; const cell ="
+        " b.querySelector('tbody td'); return [b.scrollLeft, cell.getBoundingClientRect().left -"
+        " b.getBoundingClientRect().left, getComputedStyle(b).backgroundImage]; })"
+    )
+    assert len(found) >= 2
+    for moved, place, background in found:
+        assert moved == 50 and place == 0
+        assert background.count("linear-gradient") == 4
+
+
 def test_the_check_sees_what_it_looks_for(browser, tmp_path):
     page = tmp_path / "bad.html"
     page.write_text(

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdsurgeon.cli import main
+from kdsurgeon.cli import main, signals
 from kdsurgeon.errors import ModelFileError, NumericsError, UsageError
 from kdsurgeon.evaluation import accuracy
 from kdsurgeon.keeping import Keeper, load_weights
@@ -383,6 +383,36 @@ def test_a_signal_ends_every_phase_with_its_code_and_nothing_lost(phase, digit_m
         assert checkpoint is not None and complaints == []
     else:
         assert not (tmp_path / "run").exists()
+
+
+class SendsWhenDeleted:
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        os.kill(os.getpid(), self.number)
+        for _ in range(1000):  # the handler runs in here, and Python drops what it raises
+            pass
+
+
+@pytest.mark.parametrize("number", signals.NUMBERS)
+def test_a_signal_that_comes_while_an_object_is_deleted_is_not_lost(number):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with signals.terminable(), pytest.raises(KeyboardInterrupt) as caught:
+            SendsWhenDeleted(number)
+            time.sleep(30)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert isinstance(caught.value, signals.Terminated) == (number == signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", signals.NUMBERS)
+def test_a_stop_that_is_asked_for_while_an_object_is_deleted_is_seen_at_the_next_poll(number):
+    stop = Stop()
+    with signals.terminable(), signals.interruptible(stop) as interrupt, stop.waiting():
+        SendsWhenDeleted(number)
+    assert stop() and interrupt.signal == number
 
 
 def test_a_second_signal_ends_at_once(digit_models, tmp_path):

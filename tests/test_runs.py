@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -221,6 +222,34 @@ def test_the_record_names_the_commit_around_and_whether_files_differ_from_it(tmp
 def test_checkpoints_are_ordered_by_their_number_not_their_name(run):
     save(run, 999_999, 1_000_000)
     assert run.latest_checkpoint()[0].state["training"]["step"] == 1_000_000
+
+
+def test_older_checkpoints_make_room_for_a_file_once(run):
+    save(run, 1, 2)
+    calls = []
+
+    def full(times):
+        def write():
+            calls.append(1)
+            if len(calls) <= times:
+                raise ResourceError("no room.") from OSError(errno.ENOSPC, "full")
+
+        return write
+
+    run.making_room(full(1), "last.safetensors")
+    assert len(calls) == 2 and names(run) == ["step-000002"]
+    assert "step-000001 made room for last.safetensors" in (run.path / "train.log").read_text()
+    calls.clear()
+    with pytest.raises(ResourceError, match="no room"):
+        run.making_room(full(1), "last.safetensors")  # nothing is left to give up
+    assert len(calls) == 1 and names(run) == ["step-000002"]
+
+
+def test_a_run_that_could_not_begin_leaves_what_it_did_not_write(run):
+    (run.path / "config.yaml").write_text("epochs: 1")
+    (run.path / "notes.txt").write_text("mine")
+    run.withdraw()
+    assert [path.name for path in run.path.iterdir()] == ["notes.txt"]
 
 
 def names(run):

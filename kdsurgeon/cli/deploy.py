@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,11 +17,12 @@ from kdsurgeon.cli import inputs
 from kdsurgeon.cli.console import out, say, warn
 from kdsurgeon.cli.forms import Exportee, FormFlags, form_of, metadata_of, samples_for
 from kdsurgeon.cli.int8 import Int8Flags, train_rounded
+from kdsurgeon.cli.outputs import check_single
 from kdsurgeon.cli.session import at_home
 from kdsurgeon.data import Split
 from kdsurgeon.errors import UsageError
 from kdsurgeon.evaluation import accuracy
-from kdsurgeon.exporting import Benchmark, Exported, Form, benchmark
+from kdsurgeon.exporting import Exported, Form, benchmark
 from kdsurgeon.exporting import export as export_model
 from kdsurgeon.recipe import DataRecipe, RunConfig
 
@@ -46,6 +48,7 @@ def export_student(
     inputs.check_threads(threads)
     if tolerance is not None and not 0 <= tolerance <= 1:
         raise UsageError(f"--tolerance {tolerance} is not between 0 and 1.", fix="1e-5 is usual")
+    _check_run(target, last)
     exportee = _student(target, arch, trust, data_dir, wishes, last)
     loaded, data = exportee.loaded, exportee.data
     if int8 and data is None and calib_data is None:
@@ -54,34 +57,38 @@ def export_student(
     if int8 is not None:
         source = _data(loaded, calib_data, wishes) if calib_data is not None else data
         images = int8.spread(source.train) if source else None
+        exportee = replace(exportee, calibration=source)
     example = (
         data.val.samples(slice(2))
         if data
         else inputs.example_for([loaded], wishes.input_size, calib_data)
     )
     form = form_of(flags, exportee, example)
+    calibration, make_int8 = images, None
+    if int8 is not None and int8.mode == "qat" and data and images is not None:
+        calibration, labels = None, torch.from_numpy(data.val.labels)
+        make_int8 = partial(
+            train_rounded, path=output.with_suffix(".int8.onnx"), student=loaded.model,
+            target=target, flags=int8, trust=trust, calibration=images,
+            samples=data.val.samples(), labels=labels, force=force,
+        )  # fmt: skip
     with inputs.handing_over_images():
         exported = export_model(
             loaded.model,
             output,
             example,
             form=form,
-            metadata=metadata_of(exportee, flags, target),
+            metadata=metadata_of(exportee, flags, target, example),
             samples=samples_for(form, data),
             labels=torch.from_numpy(data.val.labels) if data else None,
-            calibration=None if int8 and int8.mode == "qat" else images,
+            calibration=calibration,
             int8_gate=int8 is None or int8.gate,
             int8_options=int8.options if int8 else None,
+            make_int8=make_int8,
             tolerance=tolerance,
             verify=check,
             force=force,
         )
-    if int8 is not None and int8.mode == "qat" and data and images is not None:
-        labels = torch.from_numpy(data.val.labels)
-        found = train_rounded(
-            exported, loaded.model, target, int8, trust, images, data.val.samples(), labels
-        )
-        exported = replace(exported, int8=found)
     score = None
     if data:
         score = accuracy(loaded.model, [(data.val.samples(), torch.from_numpy(data.val.labels))])
@@ -89,6 +96,19 @@ def export_student(
     if (Path(target) / "config.yaml").is_file():
         record = Path(target) / "export" / f"{output.stem}.json"
         inputs.write_text(record, json.dumps(figures, indent=1))
+
+
+def _check_run(target: str, last: bool) -> None:
+    """Raises :class:`UsageError` for a folder of runs, and for ``last`` of what is no run."""
+    folder = Path(target)
+    if (folder / "config.yaml").is_file():
+        return
+    check_single(target)
+    if last:
+        raise UsageError(
+            f"--last needs a run folder; {target} is none.",
+            fix="leave --last out, or name the folder of a run",
+        )
 
 
 def _student(
@@ -142,13 +162,13 @@ def _announce(
 ) -> dict[str, dict[str, float | None]]:
     _describe(done, form)
     name = f"ONNX {form.precision}"
-    targets = {"PyTorch": loaded.model, name: done.path}
+    targets: dict[str, torch.nn.Module | Path] = {"PyTorch": loaded.model, name: done.path}
     if done.int8 is not None:
         targets["ONNX int8"] = done.int8.path
     scores = {"PyTorch": score, name: done.accuracy}
     scores["ONNX int8"] = done.int8.accuracy if done.int8 else None
     table = Table("", "accuracy", "size", "latency", "20 to 80 %", box=None, pad_edge=False)
-    rows = _timed(targets, form, example, threads)
+    rows = benchmark(targets, example, threads=threads)
     for row in rows:
         right = scores[row.name]
         time = row.latency
@@ -187,20 +207,13 @@ def _describe(done: Exported, form: Form) -> None:
         warn("the file was not compared with the model (--no-check); its metadata says so")
     if done.int8 is not None:
         say(f"int8     {done.int8.path}, {done.int8.bytes:,} bytes; {done.int8}")
-
-
-def _timed(
-    targets: Mapping[str, torch.nn.Module | Path], form: Form, example: Tensor, threads: int
-) -> tuple[Benchmark, ...]:
-    """Size and latency of each; a file that takes images is given some."""
-    if form.preprocessing is None:
-        return benchmark(targets, example, threads=threads)
-    images = torch.zeros((1, *example.shape[2:], example.shape[1]), dtype=torch.uint8)
-    (model, network), (name, path) = targets.items()
-    return (
-        *benchmark({model: network}, example, threads=threads),
-        *benchmark({name: path}, images, threads=threads),
-    )
+        if done.int8.accuracy is None:
+            judged = f"agreement on {done.int8.samples} samples"
+            say(f"int8     accuracy was not judged, for want of --data-dir: {judged} only")
+        return
+    beside = done.path.with_suffix(".int8.onnx")
+    if beside.is_file():
+        say(f"int8     {beside} is of an earlier export: --int8 writes it anew")
 
 
 def _size(count: int) -> str:

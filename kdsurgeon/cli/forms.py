@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdsurgeon import __version__
-from kdsurgeon.checkpoints import Loaded
+from kdsurgeon.checkpoints import Loaded, ModelCard
 from kdsurgeon.data import Fit, Split
 from kdsurgeon.errors import UsageError
 from kdsurgeon.exporting import Form, Preprocessing
@@ -37,11 +37,15 @@ class FormFlags:
 
 @dataclass(frozen=True)
 class Exportee:
-    """A model to export, with the data it is proved on and how these images were wished for."""
+    """A model to export, with the data it is proved on and how these images were wished for.
+
+    ``calibration`` is the data of int8, which may be other.
+    """
 
     loaded: Loaded
     data: Split | None
     wishes: DataRecipe
+    calibration: Split | None = None
 
     def example(self, size: Tensor) -> Tensor:
         """Two samples of the data, or zeros like ``size``."""
@@ -70,10 +74,16 @@ def samples_for(form: Form, data: Split | None) -> Tensor | None:
     return torch.from_numpy(np.ascontiguousarray(data.val.images[:]))
 
 
-def metadata_of(exportee: Exportee, flags: FormFlags, target: str) -> dict[str, str]:
-    """What a consumer needs beside the graph, and where the file comes from, as text."""
+def metadata_of(
+    exportee: Exportee, flags: FormFlags, target: str, example: Tensor
+) -> dict[str, str]:
+    """What a consumer needs beside the graph, and where the file comes from, as text.
+
+    Images are told as the data treat them, those of calibration where there are no others, else as
+    the flags and the model's file say; ``example`` (n, C, H, W) gives their size.
+    """
     loaded, data = exportee.loaded, exportee.data
-    card = loaded.card
+    card = _card(exportee, example)
     found = {
         "kdsurgeon": __version__,
         "layout": "NHWC uint8" if flags.embed_preprocessing else "NCHW float32",
@@ -83,18 +93,34 @@ def metadata_of(exportee: Exportee, flags: FormFlags, target: str) -> dict[str, 
     }
     if flags.license:
         found["license"] = flags.license
-    if data is not None:
-        train = data.train
-        found["scale"] = json.dumps(train.scale)
-        card = replace(
-            card, class_names=tuple(train.class_names), mean=train.mean, std=train.std,
-            input_size=train.input_size,
-        )  # fmt: skip
+    images = data or exportee.calibration
+    if images is not None:
+        found["scale"] = json.dumps(images.train.scale)
+    elif flags.embed_preprocessing:
+        found["scale"] = json.dumps(255.0)
     for name in ("class_names", "mean", "std", "input_size"):
         value = getattr(card, name)
         if value is not None:
             found[name] = json.dumps(value)
     return found
+
+
+def _card(exportee: Exportee, example: Tensor) -> ModelCard:
+    """What is known of the images and classes; names of classes not from images of calibration."""
+    card, wishes = exportee.loaded.card, exportee.wishes
+    size = tuple(example.shape[1:])
+    images = exportee.data or exportee.calibration
+    if images is None:
+        mean, std = wishes.mean or card.mean, wishes.std or card.std
+        channels, height, width = size
+        whole = (1.0,) * channels
+        Preprocessing((channels, height, width), tuple(mean or whole), tuple(std or whole))
+        return replace(card, mean=mean, std=std, input_size=size)
+    train = images.train
+    names = tuple(train.class_names) if exportee.data else card.class_names
+    return replace(
+        card, class_names=names, mean=train.mean, std=train.std, input_size=train.input_size
+    )
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from kdsurgeon.cli.session import at_home, open_session
 from kdsurgeon.data import Dataset
 from kdsurgeon.distillation import distill
 from kdsurgeon.errors import UsageError
-from kdsurgeon.exporting import Exported, Int8, export, quantize
+from kdsurgeon.exporting import Int8, export, quantize
 from kdsurgeon.exporting.int8 import MIN_AGREEMENT
 from kdsurgeon.exporting.rounding import Rounded
 from kdsurgeon.ranks import ALONE
@@ -70,7 +70,8 @@ class Int8Flags:
 
 
 def train_rounded(
-    exported: Exported,
+    fp32: Path,
+    path: Path,
     student: nn.Module,
     target: str,
     flags: Int8Flags,
@@ -78,16 +79,19 @@ def train_rounded(
     calibration: Tensor,
     samples: Tensor,
     labels: Tensor,
+    *,
+    force: bool = False,
 ) -> Int8:
     """The int8 file of a run's student, trained for some epochs with rounding where that pays.
+
+    It is made of ``fp32``, and written to ``path``.
 
     The student is first rounded as it is; a drop of at most half a point is kept so. Otherwise a
     copy trains on with rounding inside and the run's teacher, stones and data, and the file of the
     higher accuracy is kept. The fp32 file is that of the run's own student in any case.
     """
     given = {"calibration": calibration, "samples": samples, "labels": labels}
-    path = exported.path.with_suffix(".int8.onnx").absolute()
-    fp32 = exported.path.absolute()
+    fp32, path = fp32.absolute(), path.absolute()
     with TemporaryDirectory() as drafts:
         plain = quantize(fp32, Path(drafts) / "plain.onnx", **given, **flags.options, gate=False)
         say(f"int8     as the student is: {plain}")
@@ -107,7 +111,7 @@ def train_rounded(
             say("int8     loses no more than half a point, so nothing was trained again")
         return quantize(
             source, path, **given, **flags.options, gate=flags.gate, reference=fp32,
-            min_agreement=agreement,
+            min_agreement=agreement, force=force,
         )  # fmt: skip
 
 

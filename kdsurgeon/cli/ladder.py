@@ -99,7 +99,8 @@ def export_stones(
         ready = session.prepare()
         if not isinstance(ready.model, SteppingStones) or not ready.model.depths:
             raise _without_stones(folder)
-        ready.load(_checkpoint(run, last=last))
+        checkpoint = _checkpoint(run, last=last)
+        ready.load(checkpoint)
         ladder = _Ladder(session, folder, ready.model, flags, tolerance, shown.parent)
         rows = ladder.write(output, threads, int8=int8)
         out.print(comparison_table(rows))
@@ -107,7 +108,8 @@ def export_stones(
         record = folder / "export" / f"{output.stem}.stones.json"
         inputs.write_text(record, json.dumps([asdict(row) for row in rows], indent=1))
         cost = forecast(session.plan, ready.model.depths, batch=settings.batch_size)
-        page = report_page(session, cost, run, read_evaluation(folder), rows)
+        final, epoch = read_evaluation(folder), _epoch(checkpoint)
+        page = report_page(session, cost, run, final, rows, epoch)
         inputs.write_text(record.with_name(f"{output.stem}.html"), page)
         say(f"report   {record.with_name(f'{output.stem}.html')}")
 
@@ -132,6 +134,12 @@ def _checkpoint(run: Run, *, last: bool) -> Checkpoint:
         why="\n".join(complaints) or None,
         fix="--last exports student and stones after the last epoch",
     )
+
+
+def _epoch(checkpoint: Checkpoint) -> int:
+    """The epoch, counted from 1, that its newest update was in."""
+    training = checkpoint.state["training"]
+    return training["epoch"] + (training["batch"] > 0)
 
 
 class _Ladder:
@@ -203,6 +211,7 @@ class _Ladder:
         session = self.session
         loaded = replace(session.student, card=session.card)
         wishes = session.settings.data
-        found = metadata_of(Exportee(loaded, session.split, wishes), self.flags, str(self.folder))
+        exportee, folder = Exportee(loaded, session.split, wishes), str(self.folder)
+        found = metadata_of(exportee, self.flags, folder, self.samples[:1])
         del found["student"]
         return found | {"network": name}

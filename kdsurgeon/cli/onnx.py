@@ -8,12 +8,26 @@ from typing import Annotated
 import typer
 
 from kdsurgeon.cli import flags
-from kdsurgeon.cli.outputs import Output, check_outputs
+from kdsurgeon.cli.outputs import Output, check_onnx, check_outputs
+from kdsurgeon.errors import UsageError
+
+NEEDS = {
+    "int8_mode": "--int8",
+    "int8_gate": "--int8",
+    "int8_budget": "--int8",
+    "calib_data": "--int8",
+    "calib_method": "--int8",
+    "calib_images": "--int8",
+    "max_drop": "--int8",
+    "qat_epochs": "--int8-mode qat",
+}
+"""Options of ``export`` that say nothing without another one."""
 
 
 def export(
     target: Annotated[str, typer.Argument(help="a run folder, a model file or SOURCE/NAME")],
     output: Annotated[Path, typer.Argument(help="the .onnx file to write")],
+    context: typer.Context,
     arch: flags.Arch = None,
     trust_code: flags.TrustCode = None,
     data_dir: flags.DataDir = None,
@@ -83,7 +97,8 @@ def export(
         typer.Option(help="largest gap, relative to the logits: 1e-5, with --half 1e-2"),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="keep a file that fails, as NAME.unproved.onnx")
+        bool,
+        typer.Option("--force", help="keep a file that fails, as NAME.unproved.onnx"),
     ] = False,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="prove the file equal to the model")
@@ -93,12 +108,17 @@ def export(
     """Write the student as ONNX, prove it equal, measure accuracy, size and latency."""
     wishes = flags.image_wishes(input_size, mean, std)
     outputs = [Output("OUTPUT", output, ".onnx", makes_parents=False)]
-    if int8:
-        beside = output.with_suffix(".int8.onnx")
-        outputs.append(Output("--int8", beside, ".onnx", makes_parents=False))
-    if force:
-        kept = output.with_suffix(".unproved.onnx")
-        outputs.append(Output("--force", kept, ".onnx", makes_parents=False))
+    reads = [target, arch, data_dir, calib_data]
+    check_outputs(outputs, reads)
+    check_onnx(output)
+    _check_needs(context)
+    further = [("--int8", ".int8.onnx", int8), ("--force", ".unproved.onnx", force)]
+    further.append(("--force", ".int8.unproved.onnx", int8 and force))
+    outputs += [
+        Output(flag, output.with_suffix(suffix), ".onnx", makes_parents=False)
+        for flag, suffix, is_written in further
+        if is_written
+    ]
     if stones:
         from kdsurgeon.cli.forms import FormFlags
         from kdsurgeon.cli.ladder import check_plain, stone_outputs
@@ -107,7 +127,7 @@ def export(
             FormFlags(opset, static, dynamic_size, half, softmax, external, embed_preprocessing)
         )
         outputs += stone_outputs(target, output)
-    check_outputs(outputs, [target, arch, data_dir, calib_data])
+    check_outputs(outputs, reads)
     from kdsurgeon.cli.deploy import export_student
     from kdsurgeon.cli.forms import FormFlags
     from kdsurgeon.cli.int8 import Int8Flags
@@ -145,6 +165,19 @@ def export(
             flags=FormFlags(opset, half=half, license=license_name),
             threads=threads or 1, int8=int8,
         )  # fmt: skip
+
+
+def _check_needs(context: typer.Context) -> None:
+    """Raises :class:`UsageError` for an option that was given and would be ignored."""
+    given = context.params
+    has = {"--int8": given["int8"], "--int8-mode qat": given["int8_mode"] == "qat"}
+    for name, needed in NEEDS.items():
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE" or has[needed]:
+            continue
+        flag = "--" + name.replace("_", "-")
+        flag = "--int8-gate/--no-int8-gate" if name == "int8_gate" else flag
+        raise UsageError(f"{flag} needs {needed}.", fix=f"add {needed}, or leave {flag} out")
 
 
 def benchmark(

@@ -55,6 +55,26 @@ def check_outputs(outputs: Iterable[Output], reads: Iterable[str | Path | None])
             )
 
 
+def check_onnx(path: Path) -> None:
+    """Raises :class:`UsageError` for a file that would not be told to be an ONNX file."""
+    if path.suffix != ".onnx":
+        raise UsageError(
+            f"{path} does not end in .onnx; export writes an ONNX file.",
+            fix=f"give the file a name that ends in .onnx, e.g. {path.stem}.onnx",
+        )
+
+
+def check_single(source: str) -> None:
+    """Raises :class:`UsageError` for a folder of runs in place of one model."""
+    folder = Path(source)
+    runs = sorted(file.parent for file in folder.glob("*/config.yaml")) if folder.is_dir() else []
+    if runs:
+        raise UsageError(
+            f"{source} is a folder of runs, not a model.",
+            fix=f"name one, e.g. {runs[0]}",
+        )
+
+
 def _files_in(text: str) -> list[str]:
     """The paths that an argument may mean: itself, or what follows the name of a source.
 

@@ -39,8 +39,13 @@ def report_page(
     run: Run,
     final: Report | None,
     exported: Sequence[Row] = (),
+    exported_epoch: int | None = None,
 ) -> str:
-    """The page of a run as its folder tells it; ``exported`` are files that were written of it."""
+    """The page of a run as its folder tells it.
+
+    ``exported`` are files that were written of it, ``exported_epoch`` is the epoch of their
+    weights, counted from 1.
+    """
     record = _record(run.path)
     epochs = run.metrics()
     plan, names = session.plan, session.split.train.class_names
@@ -56,6 +61,7 @@ def report_page(
         teacher_accuracy=record.get("teacher_accuracy"),
         models=model_rows(plan, accuracies),
         exported=exported,
+        exported_epoch=exported_epoch,
         classes=list(zip(names, counts, strict=False)),
         environment=environment_lines(record),
         notes=session.split.notes,

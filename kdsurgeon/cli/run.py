@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -334,11 +335,13 @@ def runs(
     differing = [key for key in settings[0] if len({str(each[key]) for each in settings}) > 1]
     differing = [key for key in differing if key not in ("output", "epochs")]
     numbers = ("epochs", "best", "last", "teacher", "minutes")
-    table = Table(
-        "run", *numbers, *(key.rpartition(".")[2] for key in differing), box=None, pad_edge=False
-    )
-    for column in table.columns[1 : 1 + len(numbers)]:
-        column.justify = "right"
+    table = Table("run", *numbers, box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    counts = Counter((key, str(each[key])) for each in settings for key in differing)
+    unlike = Table("run", "unlike most", box=None, pad_edge=False)
+    unlike.columns[0].overflow = "fold"
     for path, given in zip(found, settings, strict=True):
         lines = read_metrics(path)
         scores = [line["accuracy"] for line in lines if line["accuracy"] is not None]
@@ -349,9 +352,14 @@ def runs(
             _percent(scores[-1] if scores else None),
             _percent(_teacher_accuracy(path)),
             f"{sum(line['seconds'] for line in lines) / 60:.1f}",
-            *(_short(given[key]) for key in differing),
         )
+        rare = [key for key in differing if 2 * counts[key, str(given[key])] <= len(found)]
+        words = (f"{key.rpartition('.')[2]} {_short(given[key])}" for key in rare)
+        unlike.add_row(path.name, ", ".join(words) or "–")
     out.print(table)
+    if differing:
+        say()
+        out.print(unlike)
     say(f"{len(found)} run{'s' * (len(found) != 1)}; accuracy on held-out data")
 
 

@@ -34,6 +34,7 @@ from kdsurgeon.errors import (
     ModelFileError,
     NumericsError,
     ResourceError,
+    SurgeonError,
     UsageError,
 )
 from kdsurgeon.evaluation import accuracy, evaluate
@@ -237,7 +238,12 @@ def _start(settings: RunConfig, trust: Sequence[str], dry_run: bool, ranks: Rank
 
     with _held(ranks, lambda: Run.create(folder), folder) as run:
         ranks.first_does(record)
-        _train(session, ready, run)
+        try:
+            _train(session, ready, run)
+        except SurgeonError:
+            if ranks.is_first and not any(run.path.glob("checkpoints/*")):
+                run.withdraw()  # so that the mended command may take the same folder
+            raise
 
 
 def resume_session(

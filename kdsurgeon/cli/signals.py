@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from kdsurgeon.training import Stop
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
+AGAIN_AFTER = 0.05  # seconds
 
 
 class Terminated(KeyboardInterrupt):
@@ -42,8 +45,34 @@ class Interrupt:
 @contextmanager
 def terminable() -> Iterator[None]:
     """SIGTERM raises :class:`Terminated`, so that drafts are removed and the exit code is 143."""
-    with _handled((signal.SIGTERM,), _terminate):
+    with _handled((signal.SIGTERM,), _terminate), _unswallowed():
         yield
+
+
+@contextmanager
+def _unswallowed() -> Iterator[None]:
+    """Python drops what a signal raises while an object is deleted: the signal comes once more."""
+    before = sys.unraisablehook
+
+    def told(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            is_term = issubclass(dropped.exc_type, Terminated)
+            _send_later(signal.SIGTERM if is_term else signal.SIGINT)
+        elif dropped.exc_type.__name__ != "StopWaiting":  # whoever polls will see it
+            before(dropped)
+
+    sys.unraisablehook = told
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _send_later(number: signal.Signals) -> None:
+    """To this process, when the deletion is over."""
+    timer = threading.Timer(AGAIN_AFTER, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from kdsurgeon.exporting.preprocessing import Preprocessing
 OPSETS = range(18, 25)  # 17 is silently written as 18 by torch, so it is refused
 PRECISION = "kdsurgeon.precision"
 OUTPUT = "kdsurgeon.output"
+VERIFIED = "kdsurgeon.verified"
 
 
 @dataclass(frozen=True)

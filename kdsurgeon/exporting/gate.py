@@ -178,6 +178,12 @@ def _opened(path: Path, name: str, *, is_beside: bool = False) -> BinaryIO:
     except ValueError as error:  # a NUL in the name
         raise ModelFileError(f"{str(path)!r} is not a file name.") from error
     except (FileNotFoundError, NotADirectoryError) as error:
+        if is_beside:
+            raise ModelFileError(
+                f"{path} cannot be read: {name} takes weights from it.",
+                why=error.strerror,
+                fix="keep both files together under the names they were written with",
+            ) from error
         raise ModelFileError(f"{path} cannot be read.", why=error.strerror) from error
     except OSError as error:
         if is_beside and error.errno == errno.ELOOP:  # made a link since it was looked at

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kdsurgeon.errors import NumericsError, UsageError
 from kdsurgeon.exporting import qdq, runtime
+from kdsurgeon.exporting.form import VERIFIED
 from kdsurgeon.exporting.gate import read_onnx, session, vouch
 from kdsurgeon.exporting.parity import check_interface, logits, predicted
 from kdsurgeon.exporting.sensitivity import IMAGES, Quantize, sensitivities
@@ -70,6 +71,7 @@ def quantize(
     min_agreement: float = MIN_AGREEMENT,
     max_drop: float = MAX_DROP,
     reference: str | os.PathLike[str] | None = None,
+    force: bool = False,
 ) -> Int8:
     """Write an int8 file beside an fp32 one, and measure it.
 
@@ -82,10 +84,11 @@ def quantize(
     ``max_drop`` (0 to 1), does not pass. Then up to ``budget`` nodes stay in fp32, one more at a
     time, the dearest first by a measurement on calibration images. ``gate=False`` measures and
     lets everything but a broken file pass, as it is. ``reference`` names another fp32 file to
-    compare with, where the one that is quantized is the same student trained on.
+    compare with, where the one that is quantized is the same student trained on. ``force=True``
+    keeps the last file that did not pass, as ``NAME.unproved.onnx``.
 
-    Raises :class:`NumericsError`, and writes nothing, when no file passes, or when a scale is zero
-    or not finite; :class:`UsageError` on calibration images that cannot serve;
+    Raises :class:`NumericsError`, and writes nothing to ``int8_path``, when no file passes, or when
+    a scale is zero or not finite; :class:`UsageError` on calibration images that cannot serve;
     :class:`ResourceError` when the file cannot be written.
     """
     source, target = Path(fp32_path), Path(int8_path)
@@ -118,7 +121,8 @@ def quantize(
                 if _passes(found, min_agreement, max_drop):
                     break
             else:
-                raise _refusal(found, min_agreement, max_drop)
+                error = _refusal(found, min_agreement, max_drop, is_trained=reference is not None)
+                raise _kept(error, target, part) if force else error
     return found
 
 
@@ -212,7 +216,7 @@ def _finished(
     model.opset_import.extend(opsets)
     del model.metadata_props[:]
     properties = {entry.key: entry.value for entry in original.metadata_props}
-    properties.pop("kdsurgeon.verified", None)  # said of the fp32 file; this one differs
+    properties.pop(VERIFIED, None)  # said of the fp32 file; this one differs
     if excluded:
         scheme = {**scheme, "fp32_nodes": ", ".join(excluded)}
     properties["kdsurgeon.quantization"] = json.dumps(scheme)
@@ -265,14 +269,38 @@ def _passes(measured: Int8, min_agreement: float, max_drop: float) -> bool:
     return measured.agreement >= min_agreement and (measured.drop or 0.0) <= max_drop
 
 
-def _refusal(measured: Int8, min_agreement: float, max_drop: float) -> NumericsError:
-    lost = "not measured" if measured.drop is None else f"{100 * measured.drop:.2f} points"
+def _refusal(
+    measured: Int8, min_agreement: float, max_drop: float, *, is_trained: bool
+) -> NumericsError:
+    """``is_trained`` says that a few epochs with rounding inside were tried already."""
+    drop = measured.drop
+    if drop is None:
+        lost = "accuracy drop not measured"
+    elif drop < 0:
+        lost = f"no accuracy drop ({-100 * drop:+.2f} points)"
+    else:
+        lost = f"accuracy drop {100 * drop:.2f} points"
+    differs_only = measured.agreement < min_agreement and (drop or 0.0) <= max_drop
+    what = "gives too many samples another class" if differs_only else "loses too much"
     kept = f", with {', '.join(measured.excluded)} in fp32" if measured.excluded else ""
+    ways = ["calibrate on more images of the kind the model will see (--calib-images)"]
+    ways += ["leave more nodes in fp32 (--int8-budget)"]
+    ways += [] if is_trained else ["train with rounding (--int8-mode qat, of a run)"]
     return NumericsError(
-        f"{measured.path.name} loses too much: top-1 agreement with fp32 "
-        f"{measured.agreement:.2%}, accuracy drop {lost}{kept}.",
+        f"{measured.path.name} {what}: top-1 agreement with fp32 "
+        f"{measured.agreement:.2%}, {lost}{kept}.",
         needs=f"agreement of at least {min_agreement:.0%}, a drop of at most "
         f"{100 * max_drop:g} points",
-        fix="calibrate on more images of the kind the model will see, leave more nodes in fp32, "
-        "train with rounding, or keep fp32",
+        fix=f"{', '.join(ways)}, write it as it is (--no-int8-gate), or keep fp32",
     )
+
+
+def _kept(error: NumericsError, target: Path, part: Path) -> NumericsError:
+    """The refusal, after the file has got a name that says what it is."""
+    model = onnx.load(part)
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, dict(sorted({**properties, VERIFIED: "false"}.items())))
+    other = target.with_suffix(f".unproved{target.suffix}")
+    with staged(other) as place:
+        place.write_bytes(model.SerializeToString(deterministic=True))
+    return NumericsError(error.what, **error.notes, kept=f"{other}, which failed; do not ship it")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from kdsurgeon.errors import UsageError
@@ -23,6 +24,7 @@ from kdsurgeon.exporting.form import PRECISION
 from kdsurgeon.exporting.gate import read_onnx, session
 from kdsurgeon.exporting.memory import peak_of
 from kdsurgeon.exporting.parity import resting
+from kdsurgeon.exporting.preprocessing import IMAGE
 from kdsurgeon.exporting.staging import first_line
 
 Target = nn.Module | str | os.PathLike[str]
@@ -120,9 +122,10 @@ def benchmark(
             for size in counts[1]:
                 inputs = example.detach().cpu()[torch.arange(size) % len(example)].contiguous()
                 for name, target in targets.items():
+                    given = _as_taken(target, inputs)
                     for runtime, make in _runtimes(target, compiled, openvino):
                         key = name, runtime, size, number
-                        found[key] = _made(name, make, inputs, number, memory)
+                        found[key] = _made(name, make, given, number, memory)
         times = _timed({key: timed for key, (timed, _) in found.items()}, runs, seconds)
     return tuple(
         Benchmark(key[0], _size(targets[key[0]]), _latency(*key[1:], times[key]), found[key][1])
@@ -182,6 +185,21 @@ def _runtimes(
     yield f"ONNX {precision}", lambda inputs, threads: _onnx(target, inputs, threads)
     if openvino:
         yield f"OpenVINO {precision}", lambda inputs, threads: _openvino(target, inputs, threads)
+
+
+def _as_taken(target: Target, inputs: Tensor) -> Tensor:
+    """Random images, uint8 (n, h, w, C), for a file that makes its input (n, C, h, w) of them."""
+    if isinstance(target, nn.Module) or inputs.dtype == torch.uint8 or inputs.ndim != 4:
+        return inputs
+    given = read_onnx(target).model.graph.input
+    if not given or given[0].name != IMAGE:
+        return inputs
+    if given[0].type.tensor_type.elem_type != TensorProto.UINT8:
+        return inputs
+    count, channels, height, width = inputs.shape
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, height, width, channels)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 def _eager(target: nn.Module, inputs: Tensor) -> Call:

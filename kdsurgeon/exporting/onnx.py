@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kdsurgeon.errors import NumericsError, UsageError
 from kdsurgeon.exporting import external
 from kdsurgeon.exporting.converting import Conversion, Network, convert, write_content
-from kdsurgeon.exporting.form import Form
+from kdsurgeon.exporting.form import VERIFIED, Form
 from kdsurgeon.exporting.gate import read_onnx
 from kdsurgeon.exporting.half import check_range, halved
 from kdsurgeon.exporting.int8 import Int8, quantize
@@ -33,8 +33,6 @@ from kdsurgeon.exporting.proving import (
 from kdsurgeon.exporting.samples import ONE, Samples, by_name, count
 from kdsurgeon.exporting.staging import staged
 from kdsurgeon.tracing import Inputs, count_classes
-
-VERIFIED = "kdsurgeon.verified"
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ def export(
     int8_path: str | os.PathLike[str] | None = None,
     int8_gate: bool = True,
     int8_options: Mapping[str, Any] | None = None,
+    make_int8: Callable[[Path], Int8] | None = None,
     tolerance: float | None = None,
     verify: bool = True,
     force: bool = False,
@@ -86,8 +85,10 @@ def export(
     accuracy is measured. ``calibration`` (n, …) asks for
     an int8 file too, at ``int8_path`` or at ``NAME.int8.onnx`` beside ``path``;
     ``int8_gate=False`` lets it pass whatever it loses, and ``int8_options`` are further ones of
-    :func:`quantize` by name. ``verify=False`` skips the comparison, and
-    the file says so. ``force=True`` keeps a file that fails, as ``NAME.unproved.onnx``.
+    :func:`quantize` by name. ``make_int8`` writes the int8 file itself, from the proved fp32 one
+    that it is given, in place of ``calibration``; both files appear, or neither. ``verify=False``
+    skips the comparison, and the file says so. ``force=True`` keeps a file that fails a check, as
+    ``NAME.unproved.onnx``, and an int8 file that loses too much, as ``NAME.int8.unproved.onnx``.
     The caller's model stays as it was: mode, device, buffers, random state.
 
     Raises :class:`UsageError` on a model that does not return one tensor of logits (batch, classes)
@@ -106,7 +107,9 @@ def export(
     form = form if opset is None else replace(form, opset=opset)
     named = by_name(example)
     _check_options(form, metadata or {}, named, samples, labels, calibration)
-    quantized = _int8_path(path, calibration, int8_path, form)
+    quantized = _int8_path(path, calibration, int8_path)
+    if calibration is not None or make_int8 is not None:
+        _check_int8_form(form)
     twin = resting(model)
     size = _check_weights(twin)
     form = replace(form, external=form.external or size > external.MAX_BYTES)
@@ -118,6 +121,8 @@ def export(
     with staged(path) as part:
         try:
             file = _write(part, subject, properties)
+            if file.overflow is not None:
+                raise file.overflow
             run = check_file(part, subject)
             measured = prove_file(part, run, subject, file) if verify else None
         except NumericsError as error:
@@ -126,9 +131,12 @@ def export(
         int8 = None
         if quantized is not None and calibration is not None and isinstance(samples, Tensor | None):
             int8 = quantize(
-                part, quantized, calibration, samples=_images(given), labels=labels,
-                gate=int8_gate, **(int8_options or {}),
+                part, quantized, calibration,
+                samples=None if samples is None else _images(given), labels=labels,
+                gate=int8_gate, force=force, **(int8_options or {}),
             )  # fmt: skip
+        elif make_int8 is not None:
+            int8 = make_int8(part)
         written = _described(part, file)
     data = None if file.data is None else path.with_name(file.data.name)
     return Exported(
@@ -148,10 +156,14 @@ def _write(part: Path, subject: Subject, properties: Mapping[str, str]) -> File:
     conversion = _converted(subject.network, subject.example, form)
     model = onnx.ModelProto()
     model.CopyFrom(conversion.proto)
+    overflow = None
     if form.half:
         weights = {name for name, _ in subject.network.model.named_parameters()}
-        check_range(model, tried_samples(subject), part.name, batch=form.batch)
-        model = halved(model, weights)
+        overflow = _overflow(model, subject, part.name)
+        try:
+            model = halved(model, weights)
+        except NumericsError as error:
+            raise overflow or error from None
     if form.preprocessing is not None:
         model = form.preprocessing.put_before(model, batch=form.batch)
     write_content(model, properties)
@@ -161,7 +173,16 @@ def _write(part: Path, subject: Subject, properties: Mapping[str, str]) -> File:
         stored.CopyFrom(model)
         data = external.put_outside(stored, part)
     part.write_bytes(stored.SerializeToString(deterministic=True))
-    return File(conversion, model, data)
+    return File(conversion, model, data, overflow)
+
+
+def _overflow(model: onnx.ModelProto, subject: Subject, name: str) -> NumericsError | None:
+    """What float16 cannot hold; told once the file is there, so that it can be kept."""
+    try:
+        check_range(model, tried_samples(subject), name, batch=subject.form.batch)
+    except NumericsError as error:
+        return error
+    return None
 
 
 def _converted(network: Network, example: Samples, form: Form) -> Conversion:
@@ -274,12 +295,19 @@ def _check_inputs(name: str, inputs: Samples, example: Samples) -> None:
 
 
 def _int8_path(
-    path: Path, calibration: Tensor | None, int8_path: str | os.PathLike[str] | None, form: Form
+    path: Path, calibration: Tensor | None, int8_path: str | os.PathLike[str] | None
 ) -> Path | None:
     if calibration is None:
         if int8_path is not None:
             raise UsageError("an int8 file needs calibration images.", fix="pass calibration")
         return None
+    chosen = path.with_suffix(".int8.onnx") if int8_path is None else Path(int8_path)
+    if chosen.absolute() == path.absolute():
+        raise UsageError(f"{path} cannot be both the fp32 and the int8 file.")
+    return chosen
+
+
+def _check_int8_form(form: Form) -> None:
     for is_set, what in (
         (form.half, "fp16"),
         (form.preprocessing is not None, "with preprocessing inside"),
@@ -290,10 +318,6 @@ def _int8_path(
                 f"int8 is made of an fp32 file; one {what} was asked for.",
                 fix="export twice, under two names",
             )
-    chosen = path.with_suffix(".int8.onnx") if int8_path is None else Path(int8_path)
-    if chosen.absolute() == path.absolute():
-        raise UsageError(f"{path} cannot be both the fp32 and the int8 file.")
-    return chosen
 
 
 def _check_weights(model: nn.Module) -> int:
@@ -312,6 +336,8 @@ def _check_weights(model: nn.Module) -> int:
         is_weight = isinstance(value, nn.Parameter)
         if bool(value.isnan().any()) or (is_weight and bool(value.isinf().any())):
             raise NumericsError(
-                f"{type(model).__name__} holds weights that are not finite.", where=name
+                f"{type(model).__name__} holds weights that are not finite.",
+                where=name,
+                fix="export weights from before training went wrong, of an earlier checkpoint",
             )
     return total

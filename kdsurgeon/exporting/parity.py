@@ -300,6 +300,8 @@ class _Gate:
                     f"{min(CHUNK, total)}.",
                     why=self._rounding(samples, bound)
                     or "its logits depend on the batch, as batch norm on batch statistics does",
+                    fix="let batch norm keep running statistics (track_running_stats=True), and "
+                    "train it so",
                 )
 
 
@@ -396,7 +398,9 @@ def reference(
         bad = int((~found.isfinite()).flatten(1).any(1).sum())
         raise NumericsError(
             f"{network.label} itself gives logits that are not finite, "
-            f"for {bad} of {total} samples."
+            f"for {bad} of {total} samples.",
+            fix="export weights from before training went wrong, and check how the images are "
+            "normalised",
         )
     return found
 

@@ -87,6 +87,7 @@ class File:
     conversion: Conversion  # the network in fp32, as torch wrote it
     model: onnx.ModelProto  # what became of it, with its weights
     data: Path | None
+    overflow: NumericsError | None = None  # of float16
 
 
 def check_file(part: Path, subject: Subject) -> onnxruntime.InferenceSession:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
@@ -48,7 +48,8 @@ def _known_distance(name: Any) -> Any:
 def _known_trackers(names: Any) -> Any:
     for name in names if isinstance(names, tuple) else ():
         if name not in (known := installed("trackers")):
-            contradict(("", f'no tracker is called "{name}"{did_you_mean(name, sorted(known))}'))
+            hint = did_you_mean(name, sorted(known)) or f"; installed: {', '.join(sorted(known))}"
+            contradict(("", f'no tracker is called "{name}"{hint}'))
     return names
 
 
@@ -209,6 +210,14 @@ FREE_ON_RESUME = frozenset(
 they hold, of threads and device what there is, not how either was asked for."""
 
 
+def _without(values: Mapping[str, Any], keys: Collection[str], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _without(value, keys, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in values.items()
+        if f"{prefix}{key}" not in keys
+    }
+
+
 class Section(BaseModel):
     """What all parts of a recipe share: frozen, strict, no unknown key, errors as ConfigError."""
 
@@ -248,10 +257,13 @@ class Section(BaseModel):
     def hash(self) -> str:
         """The sha256 of the canonical dump, as 64 hexadecimal digits: equal for equal values.
 
+        What no bit of a run depends on (:data:`FREE_ON_RESUME`) is left out.
+
         >>> Recipe(epochs=3).hash() == Recipe(epochs=3, seed=0).hash() != Recipe(epochs=4).hash()
         True
         """
-        canonical = json.dumps(self.dump(), sort_keys=True, separators=(",", ":"))
+        counted = _without(self.dump(), FREE_ON_RESUME)
+        canonical = json.dumps(counted, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

@@ -10,7 +10,7 @@ from kdsurgeon.training.exactness import (
 )
 from kdsurgeon.training.layout import fastest_layout
 from kdsurgeon.training.loop import train
-from kdsurgeon.training.optimising import Average, learning_rate_at
+from kdsurgeon.training.optimising import Average, check_optimizer, learning_rate_at
 from kdsurgeon.training.randomness import RandomState, scatter
 from kdsurgeon.training.records import Batches, Epoch, Moment, Objective, Step, Trouble
 from kdsurgeon.training.sharding import all_like, here, whole_weights
@@ -33,6 +33,7 @@ __all__ = [
     "Trouble",
     "all_like",
     "changes",
+    "check_optimizer",
     "compiled",
     "conditions",
     "determinism",

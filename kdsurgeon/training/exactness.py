@@ -91,6 +91,8 @@ def _refusal(refused: Mapping[str, list[Any]]) -> UsageError:
     listed = ", ".join(f"{name} was {was}, is {now}" for name, (was, now) in refused.items())
     can_be_allowed = [name for name in refused if name in MAY_BE_ALLOWED]
     fix = "put it back as it was, or start a new run with another --output"
+    if "world-size" in refused:
+        fix = f"torchrun --nproc-per-node {refused['world-size'][0]}, as the run was started"
     if can_be_allowed == list(refused):
         fix += f"\n--allow-change {','.join(can_be_allowed)} goes on, to other bits"
     return UsageError(f"a resumed run would not be the same: {listed}.", fix=fix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,16 +38,27 @@ def make_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.Optimiz
     return _of_timm(groups, recipe)
 
 
-def _of_timm(groups: list[dict[str, Any]], recipe: OptimRecipe) -> torch.optim.Optimizer:
+def check_optimizer(recipe: OptimRecipe) -> None:
+    """Raises :class:`UsageError` where what makes the optimiser cannot be imported."""
+    if recipe.opt not in ("sgd", "adamw"):
+        _timm_factory(recipe.opt)
+
+
+def _timm_factory(name: str) -> Callable[..., torch.optim.Optimizer]:
     try:
         from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the second: its torchvision is of another torch
         raise UsageError(
-            f"the optimiser {recipe.opt} comes with timm, which is not installed.",
+            f"the optimiser {name} comes with timm, which cannot be imported.",
             why=str(error),
-            fix="pip install timm, or choose --opt sgd or adamw",
+            fix="pip install timm, and the torchvision that matches your torch, or choose --opt "
+            "sgd or adamw",
         ) from error
-    return create_optimizer_v2(
+    return create_optimizer_v2
+
+
+def _of_timm(groups: list[dict[str, Any]], recipe: OptimRecipe) -> torch.optim.Optimizer:
+    return _timm_factory(recipe.opt)(
         groups,  # pyright: ignore[reportArgumentType]
         opt=recipe.opt,
         lr=recipe.lr,

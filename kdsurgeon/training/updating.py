@@ -248,7 +248,8 @@ class Updater:
             state.epoch + 1,
             batch,
             self.samples(first, last),
-            f"step {step:,}: the {what} is {value} before the update; no weight was changed.",
+            f"step {step:,}: the {what} is {value} before the update; no weight was changed "
+            f"(epoch {state.epoch + 1}, batch {batch}).",
         )
         self.report(trouble)
         if state.skipped < self.recipe.optim.skip_nan:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from kdsurgeon.views import palette, units
 
 LABEL_PITCH = 17
+LEADER = 24  # from the end of a line to its label
 LETTER = 7.6  # wide, in the widest of the fonts that a browser may take
 
 Points = Sequence[tuple[float, float | None]]
@@ -32,8 +33,8 @@ class Frame:
     most_ticks: int  # along the horizontal axis
 
 
-WIDE = Frame(920, 300, left=64, right=196, top=16, bottom=44, most_ticks=10)
-NARROW = Frame(400, 280, left=52, right=136, top=12, bottom=44, most_ticks=5)
+WIDE = Frame(920, 300, left=64, right=208, top=16, bottom=44, most_ticks=10)
+NARROW = Frame(400, 280, left=52, right=148, top=12, bottom=44, most_ticks=5)
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,11 @@ def line_chart(
     """An SVG chart of values over epochs.
 
     Args:
-        series: points (epoch, value) by name; None and what is not finite leave a gap.
+        series: points (epoch, value) by name, which chooses the colour; None and what is not
+            finite leave a gap.
         title: what the chart shows, for those who cannot see it.
         text: a value as it stands at the axis.
-        level: a name and a value that is drawn as a dashed line from side to side.
+        level: a name and a value that is drawn as a dashed line from side to side, on top.
         frame: :data:`WIDE`, or :data:`NARROW` for a phone; higher where the labels need it.
 
     >>> chart = line_chart({"total": [(1, 2.0), (2, 1.0)]}, title="loss by epoch")
@@ -88,16 +90,16 @@ def line_chart(
     svg = canvas(frame, title)
     draw_rungs(svg, axes, text)
     _draw_epochs(svg, axes)
-    labels = []
-    for index, (name, points) in enumerate(known.items()):
-        _draw_series(svg, series[name], axes, index)
+    labels = [(axes.y(level[1]), level[0], text(level[1]))] if level else []
+    for name, points in known.items():
+        _draw_series(svg, name, series[name], axes)
         if points:
             last = points[-1][1] or 0.0
-            labels.append((axes.y(last), (name, text(last)), f"mark-{palette.hue(index)}"))
+            labels.append((axes.y(last), name, text(last)))
     if level:
-        line = draw_line(svg, axes, level[1], "level")
-        line.set("stroke-dasharray", "6 5")
-        labels.append((axes.y(level[1]), (level[0], text(level[1])), "ink"))
+        line = draw_line(svg, axes, level[1], f"wire-{palette.hue_of(level[0])}")
+        # wider than a line of a stone, so that it shows on one that it covers
+        line.attrib |= {"stroke-width": "4", "stroke-dasharray": "8 8"}
     _draw_labels(svg, labels, frame)
     return finished(svg)
 
@@ -186,9 +188,9 @@ def _draw_epochs(svg: ET.Element, axes: Axes) -> None:
     draw_text(svg, "epoch", middle, frame.height - 6, anchor="middle")
 
 
-def _draw_series(svg: ET.Element, points: Points, axes: Axes, index: int) -> None:
+def _draw_series(svg: ET.Element, name: str, points: Points, axes: Axes) -> None:
     """A line with a dot where it has room; broken where a value is missing."""
-    hue = palette.hue(index)
+    hue = palette.hue_of(name)
     pieces: list[list[str]] = [[]]
     for epoch, value in points:
         if value is None or not math.isfinite(value):
@@ -200,23 +202,24 @@ def _draw_series(svg: ET.Element, points: Points, axes: Axes, index: int) -> Non
             circle = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "2.6"}
             ET.SubElement(svg, "circle", circle | palette.painted(f"mark-{hue}"))
     style = palette.painted(f"wire-{hue}") | {"stroke-width": "2", "stroke-linejoin": "round"}
-    if index >= palette.NUM_HUES:  # a hue that another line has, too
+    if name == "average" or palette.depth_of(name) > palette.NUM_HUES:  # another line has its hue
         style["stroke-dasharray"] = "4 3"
     for piece in pieces:
         if len(piece) > 1:
             ET.SubElement(svg, "polyline", {"points": " ".join(piece)} | style)
 
 
-def _draw_labels(
-    svg: ET.Element, labels: list[tuple[float, tuple[str, str], str]], frame: Frame
-) -> None:
-    """Each name at the end of its line; names that would overlap are pushed apart."""
+def _draw_labels(svg: ET.Element, labels: list[tuple[float, str, str]], frame: Frame) -> None:
+    """Each name where a tick leads to from its line; names that would overlap are pushed apart."""
     lowest = frame.height - frame.bottom - LABEL_PITCH * (len(labels) - 1)
-    x, y = frame.width - frame.right + 12, -math.inf
-    letters = int((frame.right - 12) / LETTER)
-    for index, (wanted, (name, value), role) in enumerate(sorted(labels)):
+    end, y = frame.width - frame.right, -math.inf
+    letters = int((frame.right - LEADER) / LETTER)
+    for index, (wanted, name, value) in enumerate(sorted(labels, key=lambda label: label[0])):
         y = max(y + LABEL_PITCH, min(wanted, lowest + index * LABEL_PITCH))
+        hue = palette.hue_of(name)
+        tick = {"d": f"M {end + 5} {wanted:.1f} L {end + LEADER - 4} {y:.1f}"}
+        ET.SubElement(svg, "path", tick | palette.painted(f"wire-{hue}"))
         shown = units.middle_cut(name, max(4, letters - len(value) - 1))
-        label = draw_text(svg, f"{shown} {value}", x, y + 4.5, role=role)
+        label = draw_text(svg, f"{shown} {value}", end + LEADER, y + 4.5, role=f"mark-{hue}")
         if shown != name:
             ET.SubElement(label, "title").text = units.printable(name)

@@ -5,6 +5,7 @@ Its own security policy forbids a browser to run or to fetch anything.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
@@ -12,10 +13,12 @@ from kdsurgeon.views import palette, units
 
 LIGHT = {
     "page": "#ffffff", "ink": "#111827", "faint": "#4b5563", "line": "#d8dce3", "soft": "#f3f4f6",
+    "shade": "#a3aab6",
     "better": "#15803d", "worse": "#b91c1c",
 }  # fmt: skip
 DARK = {
     "page": "#0f141b", "ink": "#e8ebf0", "faint": "#a9b3c1", "line": "#2b3442", "soft": "#1a212c",
+    "shade": "#5b6779",
     "better": "#4ade80", "worse": "#f87171",
 }  # fmt: skip
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -25,6 +28,24 @@ def _variables(colours: Mapping[str, str]) -> str:
     return " ".join(f"--{name}: {value};" for name, value in colours.items())
 
 
+def _fade(colour: str, side: str, width: int, moves: str) -> str:
+    """A band at one side of a box, from ``colour`` to nothing."""
+    way, place = {"left": ("right", "0 0"), "right": ("left", "100% 0")}[side]
+    return f"linear-gradient(to {way}, {colour}, transparent) {place} / {width}px 100% {moves}"
+
+
+# A shadow at each side beyond which there is more: covers that move with the content lie on it
+# where there is not.
+_SCROLL_HINT = "background: {}; background-repeat: no-repeat;".format(
+    ", ".join(
+        [
+            _fade("var(--page) 50%", "left", 44, "local"),
+            _fade("var(--page) 50%", "right", 44, "local"),
+            _fade("var(--shade)", "left", 18, "scroll"),
+            _fade("var(--shade)", "right", 18, "scroll"),
+        ]
+    )
+)
 _STYLE = f"""
 :root {{ color-scheme: light dark; {_variables(LIGHT)} }}
 @media screen and (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}
@@ -42,13 +63,16 @@ svg {{ max-width: 100%; height: auto; display: block; }} td svg {{ max-width: no
 .chart.wide {{ margin: 0; }} .chart.wide svg {{ width: auto; }}
 .drawing svg {{ min-width: 900px; }}
 .narrow, .paper {{ display: none; }}
-.box {{ overflow: auto; max-height: 32rem; }}
+.box {{ overflow: auto; max-height: 32rem; {_SCROLL_HINT} }}
 .box:focus-visible {{ outline: 2px solid var(--faint); outline-offset: 2px; }}
-table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }}
+table {{ border-collapse: separate; border-spacing: 0; font-size: 13px;
+        font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top;
          white-space: pre-line; }}
-th {{ font-weight: 600; white-space: nowrap; position: sticky; top: 0; background: var(--page);
-     box-shadow: inset 0 -2px var(--line); }}
+th {{ font-weight: 600; white-space: normal; position: sticky; top: 0; background: var(--page);
+     box-shadow: inset 0 -2px var(--line); vertical-align: bottom; }}
+.pinned tr > :first-child {{ position: sticky; left: 0; background: var(--page); }}
+.pinned th:first-child {{ z-index: 1; }}
 td {{ border-bottom: 1px solid var(--line); }}
 tr > :last-child {{ padding-right: 4px; }}
 .number {{ text-align: right; }} td span {{ white-space: nowrap; }}
@@ -62,15 +86,17 @@ dt {{ color: var(--faint); }} dd {{ margin: 0; overflow-wrap: anywhere; }}
   body {{ margin: 1rem auto; padding: 0 .9rem; }} h1 {{ font-size: 1.2rem; }}
   .wide {{ display: none; }} .narrow {{ display: block; }}
   .narrow svg {{ width: 100%; max-width: 520px; margin: 0 auto; }}
+  th, td {{ padding-right: .55rem; }}
 }}
 @media screen and (max-width: 480px) {{
+  table {{ font-size: 12px; }} th, td {{ padding-right: .45rem; }}
   dl {{ grid-template-columns: minmax(0, 1fr); gap: 0; }} dd {{ margin: 0 0 .4rem; }}
 }}
-{palette.DARK}
+{palette.DARK_CHARTS}
 @media print {{
   body {{ font-size: 10pt; max-width: none; margin: 0; padding: 0; }}
   .wide {{ margin: 0; }} .drawing svg {{ min-width: 0; }}
-  .box {{ overflow: visible; max-height: none; }}
+  .box {{ overflow: visible; max-height: none; background: none; }}
   table {{ font-size: 7.5pt; }} th, td {{ padding-right: .5rem; }} th {{ position: static; }}
   pre {{ white-space: pre-wrap; font-size: 8pt; }}
   .screen {{ display: none; }} .paper {{ display: block; }}
@@ -119,15 +145,24 @@ def table(
 ) -> str:
     """An HTML table whose first ``words`` columns hold text and all others numbers."""
 
-    def line(tag: str, cells: Sequence[str]) -> str:
-        kinds = ["" if index < words else ' class="number"' for index in range(len(cells))]
-        inner = (f"<{tag}{k}>{tied(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True))
+    def line(tag: str, cells: Iterable[str]) -> str:
+        kinds = ("" if index < words else ' class="number"' for index in range(len(header)))
+        inner = (f"<{tag}{k}>{c}</{tag}>" for k, c in zip(kinds, cells, strict=True))
         return f"<tr>{''.join(inner)}</tr>"
 
-    body = "\n".join(line("td", row) for row in rows)
-    head = line("th", header)
-    inner = f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    body = "\n".join(line("td", map(tied, row)) for row in rows)
+    head = line("th", map(_heading, header))
+    inner = f'<table class="pinned">\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody>\n</table>'
     return box(inner, name)
+
+
+def _heading(cell: str) -> str:
+    """It breaks where a column is narrow, but not before a number.
+
+    >>> _heading("ce stone 1")
+    'ce stone&nbsp;1'
+    """
+    return re.sub(r" (?=\d)", "&nbsp;", escape(cell))
 
 
 def tied(cell: str) -> str:

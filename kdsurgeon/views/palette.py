@@ -6,6 +6,7 @@ overrides them where the reader prefers dark pages.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -20,7 +21,8 @@ class Paint:
 
 
 NUM_HUES = 8
-HEAD = "head"  # the hue of what has no partner in colour: the last block of both models
+HEAD = "head"  # the hue of what has no partner in colour: the teacher, both last blocks, a total
+STUDENT = "student"
 _HUES = {  # light fill, light outline, dark fill, dark outline; also told apart by their order
     "0": ("#dbeafe", "#1d4ed8", "#172a54", "#7aa8f8"),
     "1": ("#dcfce7", "#15803d", "#11331f", "#4ade80"),
@@ -48,12 +50,23 @@ for _name, (_fill, _line, _dark_fill, _dark_line) in _HUES.items():
     _PAINTS[f"mark-{_name}"] = Paint(_line, "none", _dark_line, "none")
     _PAINTS[f"wire-{_name}"] = Paint("none", _line, "none", _dark_line)
 
-DARK = "@media screen and (prefers-color-scheme: dark) {{ {} }}".format(
-    " ".join(
+_CHART_PAINTS = _PAINTS | {
+    "mark-student": Paint("#111827", "none", "#f3f4f6", "none"),
+    "wire-student": Paint("none", "#111827", "none", "#f3f4f6"),
+    "port-student": Paint("#ffffff", "#111827", "#0f141b", "#f3f4f6"),
+}
+
+
+def _dark(paints: Mapping[str, Paint]) -> str:
+    rules = (
         f".kdsurgeon .{role} {{ fill: {paint.dark_fill}; stroke: {paint.dark_stroke}; }}"
-        for role, paint in _PAINTS.items()
+        for role, paint in paints.items()
     )
-)
+    return f"@media screen and (prefers-color-scheme: dark) {{ {' '.join(rules)} }}"
+
+
+DARK = _dark(_PAINTS)  # of the drawing of a plan
+DARK_CHARTS = _dark(_CHART_PAINTS)  # of a page: of that drawing and of the charts
 
 
 def painted(role: str) -> dict[str, str]:
@@ -62,7 +75,7 @@ def painted(role: str) -> dict[str, str]:
     >>> painted("mark-head")
     {'class': 'mark-head', 'fill': '#6b7280'}
     """
-    paint = _PAINTS[role]
+    paint = _CHART_PAINTS[role]
     outline = {} if paint.stroke == "none" else {"stroke": paint.stroke}
     return {"class": role, "fill": paint.fill} | outline
 
@@ -70,3 +83,26 @@ def painted(role: str) -> dict[str, str]:
 def hue(index: int) -> str:
     """The name of the hue of the pair of blocks with this index."""
     return str(index % NUM_HUES)
+
+
+def hue_of(name: str) -> str:
+    """The name of the hue of a learner: of a stone that of the blocks before it in the plan.
+
+    >>> hue_of("stone 1") == hue(0), hue_of("student int8"), hue_of("teacher")
+    (True, 'student', 'head')
+    """
+    depth = depth_of(name)
+    if depth:
+        return hue(depth - 1)
+    # "average" is the moving average of the student
+    return STUDENT if name.split(" ")[0] in ("student", "average") else HEAD
+
+
+def depth_of(name: str) -> int:
+    """The depth of the stone with this name; 0 of any other learner.
+
+    >>> depth_of("stone 3"), depth_of("student")
+    (3, 0)
+    """
+    kind, _, depth = name.partition(" ")
+    return int(depth) if kind == "stone" and depth.isdecimal() else 0

@@ -26,6 +26,7 @@ from kdsurgeon.views.charts import (
 )
 
 _HALF_LETTER = 8  # half of a label's height, and the gap around it
+_FAR = 14  # from a dot to its name, beyond which a line joins them
 _MARGIN = 36  # between a dot and the end of the axis
 _SCALES = ((1, 2, 5), (1, 3), (1,))  # of each power of ten, ticks that are drawn
 
@@ -84,9 +85,9 @@ def pareto_chart(
     line = " ".join(f"{spots[rung][0]:.1f},{spots[rung][1]:.1f}" for rung in best)
     style = {"stroke-width": "2", "stroke-linejoin": "round"}
     if len(best) > 1:
-        ET.SubElement(svg, "polyline", {"points": line} | palette.painted("wire-head") | style)
+        ET.SubElement(svg, "polyline", {"points": line} | palette.painted("level") | style)
     for rung, (x, y) in spots.items():
-        kind = f"{'mark' if rung in best else 'port'}-{_hue(rung)}"
+        kind = f"{'mark' if rung in best else 'port'}-{palette.hue_of(rung.name)}"
         place = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "5", "stroke-width": "2"}
         dot = ET.SubElement(svg, "circle", place | palette.painted(kind))
         facts = f"{rung.name}: {units.percent(rung.accuracy)}, {text(rung.cost)} {unit}"
@@ -101,10 +102,6 @@ def _around(least: float, most: float, frame: Frame) -> tuple[float, float]:
     span = max(math.log(most / least), 0.2)
     margin = math.exp(span * _MARGIN / (width - 2 * _MARGIN))
     return least / margin, most * margin
-
-
-def _hue(rung: Rung) -> str:
-    return {"student": "0", "teacher": "1"}.get(rung.name.split(" ")[0], "2")
 
 
 def _ticks(low: float, high: float, most: int) -> list[float]:
@@ -150,8 +147,9 @@ def _draw_names(
         name = units.middle_cut(rung.name, 22)
         boxes = _places(spot, LETTER * len(name))
         inside = [box for box in boxes if _is_inside(box, frame)] or boxes
-        box = min(inside, key=lambda box: sum(_overlap(box, other) for other in taken))
+        box = min(inside, key=lambda box: _cost(box, spot, taken))
         taken.append(box)
+        _draw_lead(svg, spot, box, palette.hue_of(rung.name))
         draw_text(svg, name, (box[0] + box[2]) / 2, (box[1] + box[3]) / 2 + 4.5, anchor="middle")
 
 
@@ -175,9 +173,29 @@ def _places(spot: Spot, width: float) -> list[Box]:
     return [(x + a - half, y + b - tall, x + a + half, y + b + tall) for a, b in centres]
 
 
+def _cost(box: Box, spot: Spot, taken: Sequence[Box]) -> float:
+    """What it covers; far from its dot is as bad as just touched by a line."""
+    return sum(_overlap(box, other) for other in taken) + 2 * math.dist(spot, _nearest(box, spot))
+
+
+def _nearest(box: Box, spot: Spot) -> Spot:
+    left, top, right, bottom = box
+    return min(max(spot[0], left), right), min(max(spot[1], top), bottom)
+
+
+def _draw_lead(svg: ET.Element, spot: Spot, box: Box, hue: str) -> None:
+    """A thin line from a dot to its name, where that could not stand beside it."""
+    end = _nearest(box, spot)
+    if (away := math.dist(spot, end)) > _FAR:
+        x, y = (place + 6 / away * (to - place) for place, to in zip(spot, end, strict=True))
+        way = {"d": f"M {x:.1f} {y:.1f} L {end[0]:.1f} {end[1]:.1f}"}
+        ET.SubElement(svg, "path", way | palette.painted(f"wire-{hue}"))
+
+
 def _is_inside(box: Box, frame: Frame) -> bool:
     left, top, right, bottom = box
-    width, height = frame.width - 2, frame.height - frame.bottom
+    # a name beside a dot on the lowest line reaches a little below it, to the ticks
+    width, height = frame.width - 2, frame.height - frame.bottom + _HALF_LETTER
     return frame.left <= left and frame.top - 8 <= top and right <= width and bottom <= height
 
 

@@ -16,7 +16,7 @@ from kdsurgeon.views.charts import Frame, Points, line_chart
 from kdsurgeon.views.classes import Class, class_changes
 from kdsurgeon.views.drawing import NARROW, draw_plan
 from kdsurgeon.views.page import both, box, facts, page, paragraph, section, table
-from kdsurgeon.views.pareto import Rung, pareto_chart
+from kdsurgeon.views.pareto import Rung, on_the_curve, pareto_chart
 from kdsurgeon.views.tables import (
     Accuracies,
     Row,
@@ -53,6 +53,7 @@ def run_report(
     teacher_accuracy: float | None = None,
     models: Sequence[Row] = (),
     exported: Sequence[Row] = (),
+    exported_epoch: int | None = None,
     classes: Sequence[Class] = (),
     environment: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
@@ -70,14 +71,17 @@ def run_report(
         teacher_accuracy: between 0 and 1; a dashed line in the chart of accuracy.
         models: what teacher, student and stones cost and reach at the end of the run.
         exported: the same of files that were written and measured: a ladder with latencies.
+        exported_epoch: the epoch that the weights in these files are of, counted from 1.
         classes: name and counts of each class at the end.
         environment: what the run was made with, by name.
         notes: sentences to show under the title, such as how the data was split.
     """
     parts = [_summary(epochs, teacher_accuracy), *map(paragraph, notes)]
     if final is not None or models:
-        parts.append(section("At the end", *_closing(final, models)))
-    if pictures := [*_pareto(models, "multiply_adds"), *_pareto(exported, "latency_ms")]:
+        when = _when(epochs, exported_epoch)
+        parts.append(section("At the end", *_closing(final, models), *when))
+    written = _written(exported, exported_epoch)
+    if pictures := [*_pareto(models, "multiply_adds"), *written]:
         parts.append(section("What accuracy costs", *pictures))
     if epochs:
         parts += _curves(epochs, teacher_accuracy)
@@ -104,14 +108,17 @@ def _summary(epochs: Sequence[Mapping[str, Any]], teacher_accuracy: float | None
     measured = [line["accuracy"] for line in epochs if line.get("accuracy") is not None]
     if measured:
         last, best = units.percent(measured[-1]), units.percent(max(measured))
-        found["student"] = f"accuracy {last} after the last epoch, {best} at best"
+        first = next(line for line in epochs if line.get("accuracy") == max(measured))
+        found["student"] = (
+            f"accuracy {last} after the last epoch, {best} at best (epoch {first['epoch']})"
+        )
     seconds = units.duration(sum(line.get("seconds") or 0.0 for line in epochs))
     number = "1 epoch" if len(epochs) == 1 else f"{len(epochs)} epochs"
     return facts(found | {"training": f"{number} in {seconds}"})
 
 
 def _closing(final: Accuracies | None, models: Sequence[Row]) -> Iterable[str]:
-    """One row for each model: what it reaches and what it costs."""
+    """One row for each model: what it reaches and costs first, which a phone still shows."""
     costs = {row.name: row for row in models}
     if final is None:
         header = ("", "accuracy")
@@ -120,17 +127,28 @@ def _closing(final: Accuracies | None, models: Sequence[Row]) -> Iterable[str]:
         header = (f"on {final.samples:,} samples", "accuracy", "agrees with teacher")
         rows = accuracy_rows(final)
     if models:
-        header = (*header, "parameters", "multiply-adds")
-        rows = [(*row, *_cost_cells(costs.get(row[0]))) for row in rows]
+        header = (*header[:2], "multiply-adds", "parameters", *header[2:])
+        rows = [(*row[:2], *_cost_cells(costs.get(row[0])), *row[2:]) for row in rows]
     yield table(header, rows, words=1, name="closing figures")
     if final is not None and (text := accuracy_finding(final)):
         yield paragraph(f"{text[0].upper()}{text[1:]}.")
 
 
+def _when(epochs: Sequence[Mapping[str, Any]], exported_epoch: int | None) -> Iterable[str]:
+    """Which epoch the closing figures are of, and which the files, where both are shown."""
+    if not epochs:
+        return
+    last = epochs[-1]["epoch"]
+    text = f"Measured after epoch {last}, the last."
+    if exported_epoch not in (None, last):
+        text += f" The exported files are of epoch {exported_epoch}, so they reach other figures."
+    yield paragraph(text, kind="faint")
+
+
 def _cost_cells(row: Row | None) -> tuple[str, str]:
     if row is None:
         return units.UNKNOWN, units.UNKNOWN
-    return units.count(row.parameters), units.count(row.multiply_adds)
+    return units.count(row.multiply_adds), units.count(row.parameters)
 
 
 _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -160,16 +178,26 @@ def _pareto(models: Sequence[Row], cost: str) -> Iterable[str]:
     def draw(frame: Frame) -> str:
         return pareto_chart(rungs, title=title, unit=unit, text=text, frame=frame)
 
-    if cost == "latency_ms":
-        yield "<h3>Measured on the exported files</h3>"
     yield both(draw(WIDE_CHART), draw(NARROW_CHART), kind="chart")
-    yield paragraph(
-        "The line joins those that no other beats: none that costs no more is as accurate. "
-        "Hollow dots lie off it.",
-        kind="faint",
-    )
-    if cost == "latency_ms":
-        yield _ladder(models)
+    best = on_the_curve(rungs)
+    if len(best) > 1:
+        finding = "The line joins what no other beats: none that costs no more is as accurate."
+        finding += " Hollow dots lie off it." if len(best) < len(rungs) else ""
+    else:
+        finding = f"No other is as accurate as {next(iter(best)).name}, and none costs less."
+    yield paragraph(finding, kind="faint")
+
+
+def _written(exported: Sequence[Row], epoch: int | None) -> Iterable[str]:
+    """The picture and the table of the exported files."""
+    pictures = list(_pareto(exported, "latency_ms"))
+    if not pictures:
+        return
+    yield "<h3>Measured on the exported files</h3>"
+    if epoch is not None:
+        yield paragraph(f"Student and stones are those of epoch {epoch}.")
+    yield from pictures
+    yield _ladder(exported)
 
 
 def _ladder(exported: Sequence[Row]) -> str:
@@ -235,10 +263,28 @@ def _curve(
     text: Callable[[float], str],
     level: tuple[str, float] | None = None,
 ) -> str:
+    known = {name: [p for p in points if p[1] is not None] for name, points in series.items()}
+    if all(len(points) < 2 for points in known.values()):
+        return section(heading, *_points(known, text, level))
+
     def draw(frame: Frame) -> str:
         return line_chart(series, title=f"{what} by epoch", text=text, level=level, frame=frame)
 
     return section(heading, both(draw(WIDE_CHART), draw(NARROW_CHART), kind="chart"))
+
+
+def _points(
+    series: Mapping[str, Points], text: Callable[[float], str], level: tuple[str, float] | None
+) -> Iterable[str]:
+    """Series of one epoch each, which are no curves: the numbers themselves."""
+    epochs = sorted({f"{epoch:g}" for points in series.values() for epoch, _ in points})
+    if len(epochs) == 1:
+        yield paragraph(f"Of epoch {epochs[0]} only: no curve yet.", kind="faint")
+    values = dict([level] if level else [])
+    values |= {
+        name: value for name, points in series.items() for _, value in points if value is not None
+    }
+    yield facts({name: text(value) for name, value in values.items()})
 
 
 def _tick_percent(share: float) -> str:
