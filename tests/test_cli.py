@@ -120,10 +120,17 @@ def test_past_runs_are_compared_by_the_settings_in_which_they_differ(tell):
         (folder / "run.json").write_text('{"teacher_accuracy": 0.9}')
         lines = [{"epoch": i, "accuracy": a, "seconds": 30} for i, a in ((1, 0.7), (2, 0.6))]
         (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
-    head, cold, warm, _ = [line.split() for line in tell("runs", "runs").splitlines()]
-    assert head == ["run", "epochs", "best", "last", "teacher", "minutes", "temperature"]
-    assert cold == ["cold", "2/3", "70.00%", "60.00%", "90.00%", "1.0", "1.0"]
-    assert warm[-1] == "4.0"
+    for name in ("other", "third"):  # most are warm
+        shutil.copytree(Path("runs") / "warm", Path("runs") / name)
+    lines = [line.split() for line in tell("runs", "runs").splitlines()]
+    assert lines[0] == ["run", "epochs", "best", "last", "teacher", "minutes"]
+    assert lines[1] == ["cold", "2/3", "70.00%", "60.00%", "90.00%", "1.0"]
+    assert lines[5:9] == [
+        [],
+        ["run", "unlike", "most"],
+        ["cold", "temperature", "1.0"],
+        ["other", "–"],
+    ]
 
 
 # ── errors and switches ──────────────────────────────────────────────────────────────────────────

@@ -35,7 +35,8 @@ def examine() -> None:
     for kind in KINDS:
         for plugin in installed(kind).values():
             say(f"plugin   {kind}/{plugin.name}: {plugin.distribution} {plugin.version}")
-            trouble = trouble_of(plugin)
+            # others' are imported only where somebody names them
+            trouble = trouble_of(plugin) if plugin.distribution == "kdsurgeon" else None
             if trouble is not None:
                 unusable += 1
                 say(f"plugin   {kind}/{plugin.name} is not usable: {trouble}")
