@@ -297,7 +297,7 @@ def _refusal(
 
 def _kept(error: NumericsError, target: Path, part: Path) -> NumericsError:
     """The refusal, after the file has got a name that says what it is."""
-    model = onnx.load(part)
+    model = vouch(part).model
     properties = {entry.key: entry.value for entry in model.metadata_props}
     onnx.helper.set_model_props(model, dict(sorted({**properties, VERIFIED: "false"}.items())))
     other = target.with_suffix(f".unproved{target.suffix}")
