@@ -316,3 +316,15 @@ def digit_models(folder):
         card = {"arch": f"demo/{name}", "input_size": [1, 8, 8], "num_classes": 10}
         torch.save({**card, "state_dict": model.state_dict()}, folder / f"{name}.pt")
     return folder
+
+
+def uneven(teacher, path):
+    """Writes the function of ``teacher``, a file of :func:`digit_models`, to ``path`` with the first
+    channel inside each unit 4,096 times as large as it was: one scale of int8 does not fit all."""
+    file = torch.load(teacher, weights_only=True)
+    state = file["state_dict"]
+    for norm in [name.removesuffix("bn1.weight") for name in state if name.endswith("bn1.weight")]:
+        state[f"{norm}bn1.weight"][0] *= 2**12
+        state[f"{norm}bn1.bias"][0] *= 2**12
+        state[f"{norm}conv2.weight"][:, 0] /= 2**12
+    torch.save(file, path)

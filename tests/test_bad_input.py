@@ -25,6 +25,7 @@ from kdsurgeon.cli import main
 from kdsurgeon.demo import build
 from kdsurgeon.errors import AlignmentError, ConfigError, PlanError, TraceError, UsageError
 from kdsurgeon.runs import Run, read_checkpoint, read_metrics
+from tests.models import uneven
 
 DIGITS = ("--data-dir", "digits")
 QUICK = (*DIGITS, "--epochs", "1", "--batch-size", "256")
@@ -1361,9 +1362,9 @@ def test_verify_names_the_file_that_changed(run, refused):
     refused(["verify", "absent"], 3, "absent has no MANIFEST.json")
 
 
-def test_int8_that_loses_too_much_is_refused_with_both_figures(refused, monkeypatch):
-    monkeypatch.setattr("kdsurgeon.exporting.int8._passes", lambda *_: False)
-    arguments = ["export", "student.pt", "x.onnx", "--calib-data", "digits", "--int8"]
+def test_int8_that_loses_too_much_is_refused_with_both_figures(refused):
+    uneven("teacher.pt", "uneven.pt")
+    arguments = ["export", "uneven.pt", "x.onnx", "--calib-data", "digits", "--int8"]
     refused([*arguments, *DIGITS], 5, "loses too much", "agreement", "drop", "calibrate on more")
 
 

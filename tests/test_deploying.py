@@ -110,28 +110,30 @@ def test_the_same_program_serves_files_of_other_forms(flags, names, deployed, di
     lines = run_first(deployed, "other.onnx")
     answers = answers_in(16 if names[0] == "image" else 255, deployed, digit_models)
     assert [int(line[1]) for line in lines] == answers.argmax(1).tolist()
-    shares = np.exp(answers - answers.max(1, keepdims=True))
-    shares = (shares / shares.sum(1, keepdims=True)).max(1)
-    assert [line[2] for line in lines] == [f"{share:.1%}" for share in shares]
+    if names[1] == "probabilities":
+        shares = np.exp(answers - answers.max(1, keepdims=True))
+        answers = shares / shares.sum(1, keepdims=True)
+    assert [float(line[2]) for line in lines] == pytest.approx(answers.max(1).tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_file_that_lacks_a_fact_is_told_apart(number, deployed, digit_models):
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "KeyError: 'mean'"), (1, "does not say class_names, mean, std: export with")],
+)
+def test_a_file_that_lacks_a_fact_is_told_apart(number, said, deployed, digit_models):
     model, bare = str(digit_models / "student.pt"), deployed / "bare.onnx"
     assert main(["export", model, str(bare), "--input-size", "1,8,8"]) == 0
-    with pytest.raises(AssertionError, match="does not say class_names, mean, std: export with"):
+    with pytest.raises(AssertionError, match=said):
         run_alone(blocks("python")[number], deployed, "bare.onnx", "0.png")
 
 
 def test_a_few_lines_of_python_classify_as_the_network_does(deployed, answers):
     program = blocks("python")[0]
-    assert len([line for line in program.splitlines() if line.strip()]) <= 25
+    assert len([line for line in program.splitlines() if line.strip()]) <= 20
     lines = run_first(deployed, "student.onnx")
     assert [int(line[1]) for line in lines] == answers.argmax(1).tolist()
     assert len({line[1] for line in lines}) > 4, "they are not all of one class"
-    shares = np.exp(answers - answers.max(1, keepdims=True))
-    shares = (shares / shares.sum(1, keepdims=True)).max(1)
-    assert [line[2] for line in lines] == [f"{share:.1%}" for share in shares]
+    assert [float(line[2]) for line in lines] == pytest.approx(answers.max(1).tolist(), abs=1e-4)
 
 
 def test_the_facts_for_javascript_are_those_of_the_file(deployed):

@@ -9,6 +9,7 @@ import pytest
 
 from kdsurgeon.cli import main
 from kdsurgeon.exporting import read_metadata
+from tests.models import uneven
 
 EXPORT = ("export", "student.pt", "x.onnx", "--data-dir", "digits")
 
@@ -78,20 +79,21 @@ def test_an_int8_file_of_an_earlier_export_is_told(capsys):
     assert "x.int8.onnx is of an earlier export" in capsys.readouterr().out
 
 
-def test_forced_int8_that_fails_its_gate_is_kept_under_a_name_that_says_so(capsys, monkeypatch):
+def test_forced_int8_that_fails_its_gate_is_kept_under_a_name_that_says_so(digit_models, capsys):
     Path("x.onnx").write_bytes(b"earlier")
-    monkeypatch.setattr("kdsurgeon.exporting.int8._passes", lambda *_: False)
-    assert main([*EXPORT, "--int8", "--int8-budget", "0"]) == 5
+    uneven(digit_models / "teacher.pt", "uneven.pt")
+    line = ["export", "uneven.pt", "x.onnx", "--data-dir", "digits", "--int8", "--int8-budget", "0"]
+    assert main(line) == 5
     assert [path.name for path in Path().glob("*.onnx")] == ["x.onnx"]
-    assert main([*EXPORT, "--int8", "--int8-budget", "0", "--force"]) == 5
+    assert main([*line, "--force"]) == 5
     assert "x.int8.unproved.onnx, which failed; do not ship it" in capsys.readouterr().err
     names = sorted(path.name for path in Path().glob("*.onnx"))
     assert names == ["x.int8.unproved.onnx", "x.onnx"]
     assert Path("x.onnx").read_bytes() == b"earlier"
     assert read_metadata("x.int8.unproved.onnx")["kdsurgeon.verified"] == "false"
     Path("y.int8.unproved.onnx").mkdir()
-    line = ["export", "student.pt", "y.onnx", "--data-dir", "digits", "--int8", "--force"]
-    assert main(line) == 2
+    line[2] = "y.onnx"
+    assert main([*line, "--force"]) == 2
 
 
 # What the file says of itself without data
