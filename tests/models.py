@@ -319,8 +319,8 @@ def digit_models(folder):
 
 
 def uneven(teacher, path):
-    """Writes the function of ``teacher``, a file of :func:`digit_models`, to ``path`` with the first
-    channel inside each unit 4,096 times as large as it was: one scale of int8 does not fit all."""
+    """Writes the function of a :func:`digit_models` teacher to ``path``, the first channel inside
+    each unit 4,096 times as large as it was: one scale of int8 does not fit all."""
     file = torch.load(teacher, weights_only=True)
     state = file["state_dict"]
     for norm in [name.removesuffix("bn1.weight") for name in state if name.endswith("bn1.weight")]:

@@ -368,6 +368,12 @@ def test_a_dry_run_writes_nothing(tell):
     assert contents() == before
 
 
+def test_a_setting_on_which_nothing_depends_is_told(tell, capsys):
+    line = ["distill", *PAIR, *DIGITS, "--method", "kd", "--stones", "1", "--dry-run"]
+    assert main(line) == 0
+    assert "nothing depends on loss.stones (without stones)" in capsys.readouterr().err
+
+
 def test_a_run_without_an_output_gets_a_folder_of_its_own(tell):
     quick = ("--epochs", "1", "--batch-size", "512", "--method", "kd")
     tell("distill", *PAIR, *DIGITS, *quick)

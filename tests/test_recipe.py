@@ -27,6 +27,7 @@ from kdsurgeon.recipe import (
     Recipe,
     RunConfig,
     Section,
+    idle_settings,
     parse_set,
     parse_yaml,
     read_config,
@@ -928,3 +929,33 @@ def test_the_recipe_imports_neither_torch_nor_plugins() -> None:
     loaded = ran.stdout.splitlines()
     assert "kdsurgeon.recipe" in loaded
     assert not {"torch", "numpy", "onnx", "kdsurgeon_plugins"} & set(loaded)
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "block-kd"])
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_nothing_is_idle_that_nobody_set(method: str, opt: str) -> None:
+    assert not [*idle_settings(Recipe(method=method, optim={"opt": opt}))]
+
+
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        ({"method": "kd", "loss": {"stones": [1], "temperature": 2.0}}, ["loss.stones"]),
+        ({"method": "kd", "blocks": 3}, ["blocks"]),
+        ({"method": "ce", "loss": {"temperature": 2.0}}, ["loss.temperature"]),
+        ({"loss": {"temperature": 2.0, "stones": [1]}, "blocks": 3}, []),
+        ({"optim": {"model_ema_decay": 0.9}}, ["optim.model_ema_decay"]),
+        ({"optim": {"model_ema": True, "model_ema_decay": 0.9}}, []),
+        ({"optim": {"opt": "adamw", "momentum": 0.5}}, ["optim.momentum"]),
+        ({"optim": {"opt": "sgd", "momentum": 0.5}}, []),
+        ({"optim": {"decay_rate": 0.5}}, ["optim.decay_rate"]),
+        ({"optim": {"sched": "constant", "min_lr": 1e-5}}, ["optim.min_lr"]),
+        ({"optim": {"auto_batch_norm": True}}, ["optim.auto_batch_norm"]),
+        ({"amp_dtype": "float16"}, ["amp_dtype"]),
+        ({"data": {"augment": "none", "scale": [0.5, 1.0]}}, ["data.scale"]),
+        ({"data": {"scale": [0.5, 1.0]}}, []),
+    ],
+)
+def test_a_setting_on_which_nothing_depends_is_named(given: dict[str, Any], idle: list) -> None:
+    settings = RunConfig(teacher="t.pt", student="s.pt", data_dir="digits", **given)
+    assert [key for key, _ in idle_settings(settings)] == idle

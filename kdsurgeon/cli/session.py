@@ -41,7 +41,7 @@ from kdsurgeon.evaluation import accuracy, evaluate
 from kdsurgeon.keeping import saved_conditions
 from kdsurgeon.objectives import formula, how_it_runs
 from kdsurgeon.ranks import ALONE, Ranks
-from kdsurgeon.recipe import DataRecipe, RunConfig, read_config, write_yaml
+from kdsurgeon.recipe import DataRecipe, RunConfig, idle_settings, read_config, write_yaml
 from kdsurgeon.runs import Checkpoint, Run, check_is_free, environment
 from kdsurgeon.stones import (
     Certificate,
@@ -370,6 +370,9 @@ def announce(session: Session) -> tuple[Distillation, Certificate | None]:
         say(f"loss     {loss_code}")
     for note in ready.notes:
         say(note)
+    idle = [f"{key} ({why})" for key, why in idle_settings(settings)]
+    if idle:
+        warn(f"nothing depends on {', '.join(idle)}.")
     say()
     return ready, proof
 

@@ -1,6 +1,7 @@
 """Every number of a run as frozen records, read from YAML 1.2 and written back; without torch."""
 
 from kdsurgeon.recipe.config import parse_set, read_config
+from kdsurgeon.recipe.idle import idle_settings
 from kdsurgeon.recipe.records import (
     FREE_ON_RESUME,
     DataRecipe,
@@ -22,6 +23,7 @@ __all__ = [
     "Recipe",
     "RunConfig",
     "Section",
+    "idle_settings",
     "parse_set",
     "parse_yaml",
     "read_config",
