@@ -449,6 +449,20 @@ def test_a_run_that_is_stopped_goes_on_to_the_very_same_student(number, uninterr
     assert [line["losses"] for line in read_metrics(Path("run"))] == wanted
 
 
+def test_ctrl_c_before_a_verb_is_known_just_ends():
+    code = (
+        "import importlib.abc, os, signal, sys\n"
+        "class CtrlC(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'kdsurgeon.cli.app': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, CtrlC())\n"
+        "from kdsurgeon.__main__ import run\n"
+        "sys.argv = ['kdsurgeon', '--help']; run()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_a_run_that_is_done_is_done_again_without_a_step(uninterrupted, tell):
     shutil.copytree(uninterrupted, "run")
     before = Path("run/student/last.safetensors").stat().st_mtime_ns
