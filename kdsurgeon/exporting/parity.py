@@ -254,7 +254,9 @@ class _Gate:
             raise NumericsError(
                 f"{self.path.name} gives {differ} of {len(expected)} samples another class than "
                 f"{self.network.label} in fp32.",
+                why="their two best logits lie closer together than float16 tells apart",
                 needs="one in a thousand at most, or one in all",
+                fix="train the student until it is surer of its answers, or leave out --half",
             )
 
     def _where(self, samples: Samples) -> str | None:
