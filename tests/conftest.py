@@ -1,11 +1,19 @@
-"""One thread and no network for every test, before torch is imported."""
+"""One thread, no network and a disk in memory for every test, before torch is imported."""
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pytest
+RAM_DISK = Path("/dev/shm")
+HAS_ROOM = RAM_DISK.is_dir() and shutil.disk_usage(RAM_DISK).free > 4 << 30
+if HAS_ROOM and "TMPDIR" not in os.environ:  # what is written is flushed, thousands of times
+    os.environ["TMPDIR"] = tempfile.tempdir = str(RAM_DISK)
 
 
 @pytest.fixture(scope="session")

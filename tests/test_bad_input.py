@@ -164,6 +164,21 @@ def trained(models, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def made_plan(models, tmp_path_factory):
+    file = tmp_path_factory.mktemp("plans") / "plan.yaml"
+    pair = [str(models / "teacher.pt"), str(models / "student.pt")]
+    assert main(["partition", *pair, "-o", str(file)]) == 0
+    return file.read_text()
+
+
+@pytest.fixture
+def plan(made_plan):
+    """A plan of the pair, for the test to change."""
+    Path("plan.yaml").write_text(made_plan)
+    return Path("plan.yaml")
+
+
 @pytest.fixture
 def run(trained, tmp_path):
     return Path(shutil.copytree(trained, tmp_path / "run"))
@@ -808,9 +823,8 @@ def test_stones_that_the_plan_lacks_are_refused(loss, flags, what, fix, refused)
         ("1e6", "edited.yaml: the weight of boundary 1 is 1000000.0", "below 1,000,000"),
     ],
 )
-def test_weights_of_a_plan_that_cannot_be_meant_are_refused(verb, weight, what, fix, refused):
-    assert main(["partition", *PAIR, "-o", "plan.yaml"]) == 0
-    text, count = re.subn(r"weight: [\d.]+", f"weight: {weight}", Path("plan.yaml").read_text())
+def test_weights_of_a_plan_that_cannot_be_meant_are_refused(verb, weight, what, fix, plan, refused):
+    text, count = re.subn(r"weight: [\d.]+", f"weight: {weight}", plan.read_text())
     assert count == 4
     Path("edited.yaml").write_text(text)
     rest = {"partition": ["-o", "new.yaml"], "distill": [*QUICK, "-o", "new"]}[verb]
@@ -903,9 +917,7 @@ def test_a_distance_that_is_not_installed_is_refused_and_those_that_are_get_name
         ("boundaries:", "boundaries: [", "not valid YAML", "mend what is named above"),
     ],
 )
-def test_a_plan_edited_by_mistake_is_refused(old, new, what, fix, refused):
-    assert main(["partition", *PAIR, "-o", "plan.yaml"]) == 0
-    plan = Path("plan.yaml")
+def test_a_plan_edited_by_mistake_is_refused(old, new, what, fix, plan, refused):
     assert old in plan.read_text()
     plan.write_text(plan.read_text().replace(old, new, 1))
     text = refused(["partition", *PAIR, "--plan", "plan.yaml"], 2, what, fix)
@@ -1014,18 +1026,16 @@ def test_arguments_of_another_type_are_refused(given, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_boundaries_of_a_plan_in_another_order_cross(refused):
-    assert main(["partition", *PAIR, "-o", "plan.yaml"]) == 0
-    head, first, second, *rest = Path("plan.yaml").read_text().split("  - teacher:")
-    Path("plan.yaml").write_text("  - teacher:".join([head, second, first, *rest]))
+def test_boundaries_of_a_plan_in_another_order_cross(plan, refused):
+    head, first, second, *rest = plan.read_text().split("  - teacher:")
+    plan.write_text("  - teacher:".join([head, second, first, *rest]))
     refused(["partition", *PAIR, "--plan", "plan.yaml"], 2, "boundaries of teacher cross", "list")
 
 
 @pytest.mark.parametrize("text", ["[]", "{a: 1}", "none"])
-def test_a_plan_without_boundaries_is_refused(text, refused):
-    assert main(["partition", *PAIR, "-o", "plan.yaml"]) == 0
-    head, _ = Path("plan.yaml").read_text().split("boundaries:")
-    Path("plan.yaml").write_text(f"{head}boundaries: {text}\n")
+def test_a_plan_without_boundaries_is_refused(text, plan, refused):
+    head, _ = plan.read_text().split("boundaries:")
+    plan.write_text(f"{head}boundaries: {text}\n")
     words = ("plan.yaml lists no boundaries", "write at least one below")
     refused(["partition", *PAIR, "--plan", "plan.yaml"], 2, *words)
 
