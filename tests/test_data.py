@@ -421,9 +421,10 @@ def turned() -> bytes:
     return encoded(image, exif=exif)
 
 
-def animation() -> bytes:
+def animation(kind: str) -> bytes:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("#0a141e", "white", "red")]
-    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    exact = {"lossless": True} if kind == "WEBP" else {}
+    return encoded(frames[0], kind, save_all=True, append_images=frames[1:], **exact)
 
 
 def deep(mode: str) -> Image.Image:
@@ -436,6 +437,7 @@ def half_white(image: np.ndarray) -> bool:
 
 
 ALPHA = "images whose alpha channel was dropped: 1."
+FRAMES = "images of several frames, of which the first was taken: 1."
 SIXTEEN = "images reduced from 16 bits to 8: 1."
 MODES = [
     ("L.png", Image.new("L", (8, 8), 40), (40, 40, 40), None),
@@ -456,7 +458,11 @@ MODES = [
     ("RGB.jpg", Image.new("RGB", (8, 8), (128, 128, 128)), (128, 128, 128), None),
     ("RGB.png", encoded(Image.new("RGB", (8, 8), (1, 2, 3)), transparency=(1, 2, 3)),
      (1, 2, 3), ALPHA),
-    ("animated.gif", animation(), (10, 20, 30), None),
+    ("animated.gif", animation("GIF"), (10, 20, 30), FRAMES),
+    ("animated.png", animation("PNG"), (10, 20, 30), FRAMES),
+    ("animated.webp", animation("WEBP"), (10, 20, 30), FRAMES),
+    ("pages.tif", animation("TIFF"), (10, 20, 30), FRAMES),
+    ("still.gif", encoded(palette(), "GIF"), (10, 20, 30), None),
     ("png-called.jpg", encoded(Image.new("RGB", (8, 8), (1, 2, 3))), (1, 2, 3), None),
 ]  # fmt: skip
 

@@ -215,8 +215,11 @@ def _open(data: bytes, mode: str) -> tuple[Image.Image, bool, tuple[str, ...]]:
         raise DataError(f"more than {MAX_PIXELS:,} pixels") from error
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"{image.width:,}×{image.height:,}, more than {MAX_PIXELS:,} pixels")
-    image.load()
     remarks = []
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # a JPEG with its preview
+        remarks.append("images of several frames, of which the first was taken")
+        image.seek(0)
+    image.load()
     try:
         turn = _UPRIGHT.get(image.getexif().get(274, 1))
     except Exception:
