@@ -175,7 +175,7 @@ class Words(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.table, self.attention = nn.Embedding(20, 8), Attention(8, 2)
+        self.table, self.attention = nn.Embedding(40, 8), Attention(8, 2)
         self.head = nn.Linear(8, 3)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
@@ -196,6 +196,9 @@ def test_tokens_go_in_by_name_and_their_length_can_be_free(tmp_path: Path) -> No
     ]
     assert [each.name for each in session.get_outputs()] == ["logits"]
     assert done.parity is not None and (10,) in done.parity.sizes
+    apart = export(net, tmp_path / "apart.onnx", batch, form=Form(external=True))
+    assert apart.data is not None and apart.data.stat().st_size >= net.table.weight.nbytes
+    assert apart.parity is not None and apart.parity.agreement == 1
 
 
 # probabilities

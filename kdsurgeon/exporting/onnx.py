@@ -255,8 +255,6 @@ def _check_options(
     num_samples = 0 if samples is None else count(by_name(samples))
     if labels is not None and num_samples != len(labels):
         raise UsageError(f"{len(labels)} labels came with {num_samples} samples.")
-    if form.external and len(example) > 1:
-        raise UsageError("a file with several inputs is written in one piece.")
 
 
 def _check_preprocessed(
