@@ -14,7 +14,6 @@ SHORT = {
     "full": 50,
     "verify": 1_000,
     "soak": 200,
-    "elastic": 1,
 }
 TRIED = {  # at least; what is left out above has no number to choose, everything is tried
     "mutants": 2_000,
@@ -25,12 +24,11 @@ TRIED = {  # at least; what is left out above has no number to choose, everythin
     "full": 100,
     "verify": 1_000,
     "soak": 200,
-    "elastic": 1,
 }
 ENOUGH = {"mutants": 200, "kills": 100, "faults": 2_000, "fallback": 60, "full": 50}
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "elastic"])  # see test_ranks.py
 def test_nothing_is_lost_and_nothing_is_silent(name):
     tried, problems = search(name, SHORT.get(name, 0), seed=0)
     assert problems == []
