@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test fuzz torture exports zoo bench bench-accuracy check lint venv clean
+.PHONY: demo test fuzz torture exports mutation coverage zoo bench bench-accuracy check lint venv clean
 export HF_HUB_OFFLINE := 1
 
 venv: $(STAMP)
@@ -36,6 +36,15 @@ torture: $(STAMP)     ## runs that are killed, refused, cut off from power, dama
 exports: $(STAMP)     ## 300 random classifiers as ONNX at six batch sizes, and 26 seeded faults
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.exports --count 300
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.exports --faults
+
+mutation: $(STAMP)    ## 60 small changes in each of four guarding parts: the tests notice them; an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation --jobs 2
+
+coverage: $(STAMP)    ## which lines and branches the tests reach; half an hour
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 zoo: $(STAMP)         ## every model that has a name, into docs/zoo.md; hours
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo.run capture modes others pairs trained decoder export report
