@@ -169,7 +169,8 @@ class Run:
         return read_metrics(self.path)
 
     def rewind(self, checkpoint: Checkpoint) -> None:
-        """Make metrics.jsonl what it was when ``checkpoint`` was saved: later lines come again.
+        """Go back to when ``checkpoint`` was saved: later lines of metrics.jsonl come again, and later
+        checkpoints, which are damaged, go: should one heal, its lines would be missing.
 
         Raises :class:`ModelFileError` when lines from before it are missing or changed.
         """
@@ -185,6 +186,9 @@ class Run:
                 why=f"{len(raw):,} bytes, {wanted['bytes']:,} then",
                 fix="put it back as it was, or start a new run with another --output",
             )
+        for later in self._checkpoints():
+            if _key(later) > _key(checkpoint.path):
+                self._drop(later)
         if kept != raw:
             self._break_seal()
             write_whole(path, [kept])

@@ -440,6 +440,24 @@ def test_metrics_go_back_to_the_checkpoint(run):
     assert run.metrics() == [{"epoch": 1}, {"epoch": 2}]
 
 
+def test_a_checkpoint_that_heals_after_the_run_went_back_does_not_come_again(run):
+    run.add_metrics({"epoch": 1})
+    save(run, 1)
+    run.add_metrics({"epoch": 2})
+    save(run, 2)
+    state = run.path / "checkpoints" / "step-000002" / "state.json"
+    whole = state.read_bytes()
+    state.write_bytes(b"")
+    before, (complaint,) = run.latest_checkpoint()
+    assert "step-000002 is damaged" in complaint
+    run.rewind(before)
+    if state.parent.exists():
+        state.write_bytes(whole)
+    found, complaints = run.latest_checkpoint()
+    assert (found.path, complaints) == (before.path, [])
+    run.rewind(found)
+
+
 @pytest.mark.parametrize("left", ["", '{"epoch": 7}\n', '{"epo'])
 def test_metrics_that_do_not_reach_the_checkpoint_are_damaged(run, left):
     run.add_metrics({"epoch": 1})

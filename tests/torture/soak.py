@@ -121,7 +121,7 @@ class Folder(RuleBasedStateMachine):
         assert len(complaints) == len(newer), complaints
         self.step = self.origin = checkpoint.facts["step"]
         if checkpoint.facts["is_best"]:  # its save may have been killed after it was there
-            self.best.add(self.step)
+            self.best = {self.step}
         assert checkpoint.state == {"step": self.step}
         assert checkpoint.tensors["student"]["weight"].tolist() == [float(self.step)] * 3
         if not newer:
@@ -164,7 +164,7 @@ class Folder(RuleBasedStateMachine):
         path = self.run.save_checkpoint(step, {"student": weights}, {"step": step}, best=is_best)
         self.step = self.promised = step
         self.rotten -= {path.name, f"{path.name}.old"}
-        self.best = {each for each in self.best if each < step} | ({step} if is_best else set())
+        self.best = {step} if is_best else {each for each in self.best if each < step}
 
     def _leave(self) -> None:
         self.run.close()
