@@ -169,8 +169,9 @@ class Run:
         return read_metrics(self.path)
 
     def rewind(self, checkpoint: Checkpoint) -> None:
-        """Go back to when ``checkpoint`` was saved: later lines of metrics.jsonl come again, and later
-        checkpoints, which are damaged, go: should one heal, its lines would be missing.
+        """Go back to when ``checkpoint`` was saved: later lines of metrics.jsonl come again.
+
+        Later checkpoints, which are damaged, go: should one heal, its lines would be missing.
 
         Raises :class:`ModelFileError` when lines from before it are missing or changed.
         """
