@@ -195,8 +195,9 @@ class _Gate:
         for size in () if self.batch else BATCH_SIZES:
             index = torch.arange(size) % len(expected)
             found = self._answers(rows(samples, index))
-            gap = _larger(gap, _peak(found - expected[index]))
-            self._check_gap(rows(samples, index), gap, bound)
+            of_these = _peak(found - expected[index])
+            self._check_gap(rows(samples, index), of_these, bound)
+            gap = _larger(gap, of_these)
         self._check_gap(self._worst(samples, expected, actual), gap, bound)
         self._check_classes(samples, expected, agreement, wrong, bound)
         return _Group(gap, scale, bound, agreement, len(expected))
@@ -238,7 +239,7 @@ class _Gate:
             f"{self.path.name} does not compute what {self.network.label} computes: the logits "
             f"differ by {gap:.3g}, {bound:.3g} is allowed.",
             where=self._where(samples),
-            why=self._rounding(samples, bound),
+            **self._rounding(samples, bound, gap),
         )
 
     def _check_classes(
@@ -262,25 +263,28 @@ class _Gate:
     def _where(self, samples: Samples) -> str | None:
         return self.locate(samples) if self.locate and count(samples) else None
 
-    def _rounding(self, samples: Samples, bound: float) -> str | None:
-        """Whether fp32 itself is to blame: the network in fp32 is as far from itself in fp64."""
+    def _rounding(self, samples: Samples, bound: float, gap: float) -> dict[str, str]:
+        """Notes, where fp32 itself is to blame: the network is as far from itself in fp64."""
         if self.precision == "fp16":
-            return None
+            return {}
         try:
             exact = copy.deepcopy(self.network).double()
             doubled = {
                 name: value.double() if value.is_floating_point() else value
                 for name, value in samples.items()
             }
-            own = _peak(reference(self.network, samples) - reference(exact, doubled))
+            found = reference(self.network, samples)
+            own = _peak(found - reference(exact, doubled))
         except Exception:  # not every network can be run in double precision
-            return None
+            return {}
         if own <= bound / 2:
-            return None
-        return (
+            return {}
+        enough = 2 * max(own, gap) / max(1.0, _peak(found))
+        why = (
             f"rounding: in fp32 {self.network.label} is {own:.3g} from its own float64 logits; "
             "a file that rounds otherwise cannot come closer"
         )
+        return {"why": why, "fix": f"allow as much: --tolerance {enough:.0e}"}
 
     def _check_steady(self, samples: Samples, expected: Tensor, bound: float) -> None:
         """The network gives a sample the same logits every time and in every company.
@@ -296,14 +300,17 @@ class _Gate:
             )
         for size in BATCH_SIZES:
             index = torch.arange(size) % total
-            if _peak(reference(self.network, rows(samples, index)) - expected[index]) > bound:
+            gap = _peak(reference(self.network, rows(samples, index)) - expected[index])
+            if gap > bound:
+                mixes = {
+                    "why": "its logits depend on the batch, as batch norm on batch statistics does",
+                    "fix": "let batch norm keep running statistics (track_running_stats=True), "
+                    "and train it so",
+                }
                 raise NumericsError(
                     f"{name} gives a sample other logits in a batch of {size} than in one of "
                     f"{min(CHUNK, total)}.",
-                    why=self._rounding(samples, bound)
-                    or "its logits depend on the batch, as batch norm on batch statistics does",
-                    fix="let batch norm keep running statistics (track_running_stats=True), and "
-                    "train it so",
+                    **(self._rounding(samples, bound, gap) or mixes),
                 )
 
 
