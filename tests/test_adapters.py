@@ -649,6 +649,16 @@ def test_too_few_samples_are_refused():
     assert caught.value.notes["fix"] == "give it 10 or more"
 
 
+def test_inputs_that_never_vary_are_fitted_by_the_mean():
+    spec = spec_for(layout("BCHW", 4, 4, 4), layout("BCHW", 2, 4, 4))
+    fit = Fit(adapter := build(spec))
+    source = torch.tensor([0.6229, 1.0144, 0.0, 0.5873])[None, :, None, None].expand(7, 4, 4, 4)
+    for seed in range(300):
+        fit.add(source, values(spec.target, 7, seed=seed))
+    assert abs(fit.solve()) < 0.01
+    assert adapter(source).isfinite().all()
+
+
 @pytest.mark.parametrize("sample", [0, 9])
 def test_nan_is_refused_by_the_names_of_both_tensors(sample):
     spec = AdapterSpec("linear", layout("BC", 3, name="trunk"), layout("BC", 2, name="neck"))

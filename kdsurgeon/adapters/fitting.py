@@ -152,9 +152,12 @@ class Fit:
     def _solution(self, ridge: float) -> _Solution:
         mean, target_mean, spread, shared = self._fitted.centred()
         steadied = spread.clone()
-        energy = self._fitted.gram.diagonal()[:-1].mean() / self._fitted.gram[-1, -1]
-        # the last two terms keep the matrix definite where all inputs are constant, or zero
-        steadied.diagonal().add_(ridge * spread.diagonal().mean() + 1e-12 * energy + 1e-30)
+        count = self._fitted.gram[-1, -1]
+        energy = self._fitted.gram.diagonal()[:-1].mean() / count
+        # the last two terms keep the matrix definite where all inputs are constant but for the
+        # rounding of as many sums, or zero
+        rounding = (1e-12 + count * torch.finfo(count.dtype).eps) * energy
+        steadied.diagonal().add_(ridge * spread.diagonal().mean() + rounding + 1e-30)
         weight = torch.cholesky_solve(shared, torch.linalg.cholesky(steadied))
         factor = None
         if self.adapter.spec.is_factored:
