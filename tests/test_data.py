@@ -1015,7 +1015,7 @@ ARGUMENTS: list[tuple[dict[str, object], str]] = [
     ({"input_size": (3, 0, 8)}, "is not channels"),
     ({"input_size": (3, 10_000, 10_000)}, "more than 89,478,485 pixels"),
     ({"max_bad_images": -1}, "max_bad_images is -1"),
-    ({"mean": (0.1, 0.2)}, "mean has 2 numbers; the images of digits have 1 channels"),
+    ({"mean": (0.1, 0.2)}, "mean has 2 numbers; the images of digits have 1 channel"),
     ({"std": (0.1, 0.2, 0.3)}, "std has 3 numbers"),
     ({"mean": (float("nan"),)}, "mean is .*; it must be finite"),
     ({"std": (0.0,)}, "std is .*; it must be finite and above 0"),

@@ -329,8 +329,10 @@ def _normalisation(
     channels = images.shape[3]
     for label, values in (("mean", options.mean), ("std", options.std)):
         if values is not None and len(values) != channels:
+            have = f"{channels} channel{'s' * (channels > 1)}"
             raise UsageError(
-                f"{label} has {len(values)} numbers; the images of {name} have {channels} channels."
+                f"{label} has {len(values)} numbers; the images of {name} have {have}.",
+                fix=f"give one number a channel: --{label} {','.join(['0.5'] * channels)}",
             )
     if options.mean and options.std:
         return options.mean, options.std
