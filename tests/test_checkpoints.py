@@ -33,6 +33,7 @@ from kdsurgeon.checkpoints import (
     disk,
     is_file,
     load_model,
+    model_hash,
     read_arrays,
     read_model,
     read_tensors,
@@ -1005,3 +1006,14 @@ def test_the_examples_in_the_docstrings_hold() -> None:
     for module in (arrays, specs, store):
         found = doctest.testmod(module)
         assert found.attempted > 0 and found.failed == 0
+
+
+def test_the_hash_of_a_model_tells_its_names_apart():
+    class Two(nn.Module):
+        def __init__(self, *names):
+            super().__init__()
+            for value, name in enumerate(names):
+                self.register_buffer(name, torch.full((2,), float(value)))
+
+    assert model_hash(Two("a", "b")) == model_hash(Two("a", "b"))
+    assert len({model_hash(Two(*names)) for names in (("a", "b"), ("a", "c"), ("b", "a"))}) == 3

@@ -484,3 +484,23 @@ def test_an_ended_run_is_sealed_and_going_on_with_it_breaks_the_seal(run):
         ).exists()  # what is refused before it goes on changes nothing
         again.log("resumed")
         assert "has not ended" in verify_run(run.path)[-1]
+
+
+def test_a_line_of_metrics_that_is_no_json_is_named(run):
+    (run.path / "metrics.jsonl").write_text('{"epoch": 1}\nnot JSON\n')
+    with pytest.raises(ModelFileError, match=r"metrics\.jsonl is damaged") as caught:
+        run.metrics()
+    assert "remove the lines" in caught.value.notes["fix"]
+
+
+def test_a_seal_that_cannot_be_broken_stops_the_run(run, monkeypatch):
+    save(run, 1)
+    run.seal()
+
+    def refuse(self, missing_ok=False):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(self))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(ResourceError, match="cannot be written: Operation not permitted"):
+        run.add_metrics({"epoch": 2})
+    assert not (run.path / "metrics.jsonl").exists()
