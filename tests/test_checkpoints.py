@@ -1017,3 +1017,10 @@ def test_the_hash_of_a_model_tells_its_names_apart():
 
     assert model_hash(Two("a", "b")) == model_hash(Two("a", "b"))
     assert len({model_hash(Two(*names)) for names in (("a", "b"), ("a", "c"), ("b", "a"))}) == 3
+
+
+def test_a_header_too_long_is_refused_before_it_is_read(tmp_path):
+    file = tmp_path / "long.safetensors"
+    file.write_bytes((10**9).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ModelFileError, match="announces a header of 1,000,000,000 bytes"):
+        read_tensors(file)

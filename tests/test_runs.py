@@ -145,7 +145,7 @@ def test_a_folder_in_use_is_refused_and_free_again_afterwards(run):
     assert ready.wait(60)
     with pytest.raises(ResourceError, match="is in use by another run") as caught:
         Run.resume(run.path)
-    assert str(holder.pid) in str(caught.value)
+    assert caught.value.notes["where"] == f"process {holder.pid}"
     done.set()
     holder.join()
     Run.resume(run.path).close()
@@ -504,3 +504,13 @@ def test_a_seal_that_cannot_be_broken_stops_the_run(run, monkeypatch):
     with pytest.raises(ResourceError, match="cannot be written: Operation not permitted"):
         run.add_metrics({"epoch": 2})
     assert not (run.path / "metrics.jsonl").exists()
+
+
+def test_a_disk_that_locks_nothing_is_refused(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(runs.fcntl, "flock", refuse)
+    with pytest.raises(ResourceError, match="cannot be locked: No locks available") as caught:
+        Run.create(tmp_path / "run")
+    assert "another disk" in caught.value.notes["fix"]
