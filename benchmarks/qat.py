@@ -1,8 +1,24 @@
 """Is training with rounding worth it, and is it the rounding that is?
 
-    python -m benchmarks.qat
+    python -m benchmarks.qat --factor 256
 
-RESULTS
+Accuracy in percent of the demo's student on 450 digits (one digit is 0.22): of its fp32 file, of the
+int8 file made of it as it is, after five more epochs as they are, and after five with rounding inside.
+No node stays in fp32. ``factor`` sets channels apart, which depthwise networks of a larger size come
+to by themselves. Two CPU cores, 2026-11-22, raw lines in qat.jsonl.
+
+    factor   seed     fp32   as it is   trained on   with rounding
+         1      0    95.55      95.33        95.78           96.00
+         1      1    96.00      95.56        95.33           95.56
+         8      0    94.67      94.00        95.33           94.22
+        32      0    94.67      93.78        92.67           93.78
+       256      0    94.67      24.67        21.78           36.67
+       256      1    95.11      59.33        58.67           66.22
+
+Where int8 costs much, rounding inside regains 7 to 12 points that more training does not. Where it
+costs less than a point the differences are those of single digits: no gain is shown there. Of the
+four rows that lose more than half a point it is better in three, and equal in one. A twentieth of
+the run's learning rate is too little to bring such channels together: to try next.
 """
 
 from __future__ import annotations
