@@ -2,9 +2,9 @@
 
     python -m benchmarks.qat --factor 256
 
-Accuracy in percent of the demo's student on 450 digits (one digit is 0.22): of its fp32 file, of the
-int8 file made of it as it is, after five more epochs as they are, and after five with rounding inside.
-No node stays in fp32. ``factor`` sets channels apart, which depthwise networks of a larger size come
+Accuracy in percent of the demo's student on 450 digits (one digit is 0.22): of its fp32 file, of
+the int8 file made of it as it is, after five more epochs as they are, and after five with rounding
+inside. No node stays in fp32. ``factor`` sets channels apart, which larger depthwise networks come
 to by themselves. Two CPU cores, 2026-11-22, raw lines in qat.jsonl.
 
     factor   seed     fp32   as it is   trained on   with rounding
