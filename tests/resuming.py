@@ -116,7 +116,10 @@ def fresh(work: Callable[..., Any], *arguments: Any) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.warm"])
     with context.Pool(1) as pool:
-        return pool.apply(work, arguments)
+        found = pool.apply(work, arguments)
+        pool.close()
+        pool.join()  # it ends by itself: what is terminated while it waits can hang
+    return found
 
 
 def state_of(folder: Path, update: int | None = None) -> dict[str, Any]:

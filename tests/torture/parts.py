@@ -244,6 +244,8 @@ def _search_with(name: str, count: int, seed: int, jobs: int) -> Found:
         with context.Pool(jobs, initializer=_set_up, initargs=(name, base)) as pool:
             for found in pool.imap_unordered(_try, items):
                 tried, problems = tried + found[0], problems + found[1]
+            pool.close()
+            pool.join()
     return tried, problems
 
 
