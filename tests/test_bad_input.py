@@ -1359,6 +1359,12 @@ def test_a_run_that_cannot_begin_leaves_no_folder(refused, monkeypatch, tmp_path
     assert not Path("barred").exists()
 
 
+def test_a_last_batch_of_one_image_is_named(refused):
+    line = ["distill", *PAIR, *DIGITS, "--epochs", "1", "-b", "673", "--method", "ce", "-o", "one"]
+    words = ("cannot learn from a batch of one image", "another --batch-size")
+    refused(line, 2, *words, writes=True)
+
+
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(run, refused):
     shutil.rmtree(run / "checkpoints")
     words = "has trained, and its checkpoints are gone"

@@ -90,6 +90,12 @@ class Updater:
             except torch.OutOfMemoryError as error:
                 text = _first_line(error)
             except Exception as error:
+                if "more than 1 value per channel" in str(error):
+                    raise UsageError(
+                        "batch normalisation cannot learn from a batch of one image.",
+                        why="so many are left over at the end of an epoch, or for one process",
+                        fix="another --batch-size",
+                    ) from error
                 self._go_on_without_compiling(error)  # raises what has nothing to do with it
                 continue
             count = len(held[-1][1]) if held else 0
