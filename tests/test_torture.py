@@ -7,18 +7,11 @@ import pytest
 from tests.torture.parts import PARTS, main, notices, search
 from tests.torture.power import FAULTS
 
-SHORT = {
-    "mutants": 2_000,
-    "kills": 200,
-    "faults": 400,
-    "full": 50,
-    "verify": 1_000,
-    "soak": 200,
-}
+SHORT = {"mutants": 2_000, "kills": 200, "full": 50, "verify": 1_000, "soak": 200}
 TRIED = {  # at least; what is left out above has no number to choose, everything is tried
     "mutants": 2_000,
     "kills": 200,
-    "faults": 400,
+    "faults": 1_000,
     "power": 500,
     "fallback": 60,
     "full": 100,
