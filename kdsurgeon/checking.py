@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdsurgeon.errors import UsageError
-from kdsurgeon.tracing import Inputs
-from kdsurgeon.training import Batches
+from kdsurgeon.ranks import Ranks
+from kdsurgeon.tracing import Inputs, in_mode
+from kdsurgeon.training import Batches, Before
 
 
 def first_batch(batches: Batches) -> tuple[Inputs, Tensor]:
@@ -61,6 +62,38 @@ def _dtypes(inputs: Inputs) -> str:
     if isinstance(inputs, Tensor):
         return f"images of {inputs.dtype}"
     return f"inputs of {', '.join(str(value.dtype) for value in inputs.values())}"
+
+
+def check_least_part(
+    model: nn.Module, run: Callable[[], object], batches: Batches, ranks: Ranks
+) -> None:
+    """Whether ``model`` can learn from the smallest part of a batch that a process gets.
+
+    Args:
+        run: the model's forward pass on one sample; asked only where a process gets no more.
+
+    Raises:
+        UsageError: it cannot, because batch normalisation needs two values of each channel.
+    """
+    source: Any = batches
+    if not hasattr(source, "least_part") or source.least_part(ranks.world) != 1:
+        return
+    before = Before(model)
+    before.remember()
+    try:
+        with in_mode(model, training=True), torch.no_grad():
+            run()
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UsageError(
+            "the last batch of an epoch leaves a process one image, from which batch "
+            "normalisation cannot learn.",
+            given=f"{ranks.world} processes" if ranks.world > 1 else None,
+            fix=f"--batch-size {source.roomier(ranks.world)}, for example",
+        ) from error
+    finally:
+        before.restore()
 
 
 class CheckedBatches:

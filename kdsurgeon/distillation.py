@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdsurgeon.checking import CheckedBatches, first_batch
+from kdsurgeon.checking import CheckedBatches, check_least_part, first_batch
 from kdsurgeon.checkpoints import ModelCard, model_hash
 from kdsurgeon.errors import NumericsError, PlanError, UsageError
 from kdsurgeon.evaluation import accuracy, evaluate
@@ -295,7 +295,9 @@ def prepare(
         if validation is None or recipe.shard != "none"
         else check_teacher(teacher, validation, ranks, ignored=recipe.loss.ignore_index)
     )
+    one = _few(example, next(student.parameters()).device, 1)
     if recipe.method == "ce":
+        check_least_part(student, lambda: logits_of(student, one), batches, ranks)
         return _alone(student, batches, recipe, validation, measured, ranks)
     for side, model in ((plan.teacher, teacher), (plan.student, student)):
         if side.trace.model is not model:
@@ -308,6 +310,7 @@ def prepare(
         few = target.new_zeros(target.shape)
         load_distance(recipe.loss.distance)(few[None], few, target, recipe.loss.temperature)
     stones = synthesize(plan, depths=chosen_depths(plan, recipe), seed=recipe.seed)
+    check_least_part(stones, lambda: stones(one), batches, ranks)
     if recipe.loss.adapter_init == "least-squares" and stones.depths:
         present = next(student.parameters()).device
         fit_adapters(stones, plan, (_few(inputs, present, None) for inputs, _ in batches))

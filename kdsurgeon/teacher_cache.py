@@ -48,6 +48,12 @@ class TaughtBatches:
     def start_at(self, batch: int) -> None:
         self.batches.start_at(batch)
 
+    def least_part(self, world: int = 1) -> int:
+        return self.batches.least_part(world)
+
+    def roomier(self, world: int = 1) -> int:
+        return self.batches.roomier(world)
+
     def rows(self, batch: int) -> np.ndarray:
         return self.batches.rows(batch)
 

@@ -8,12 +8,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import kdsurgeon
+from kdsurgeon.checking import check_least_part
 from kdsurgeon.data import Batches, load
 from kdsurgeon.demo import build
 from kdsurgeon.distillation import check_teacher, distill, prepare, train_alone
 from kdsurgeon.errors import DataError, NumericsError, PlanError, TraceError, UsageError
 from kdsurgeon.evaluation import Report, accuracy, evaluate
 from kdsurgeon.objectives import formula
+from kdsurgeon.ranks import Ranks
 from kdsurgeon.recipe import Recipe
 from kdsurgeon.runs import Run
 from kdsurgeon.stones import chosen_depths, partition, synthesize
@@ -510,3 +512,43 @@ def test_the_diagnosis_does_not_blame_a_block_whose_loss_a_deeper_stone_shows_no
         {"block 1": 0.03, "block 2": 0.0, "block 3": 0.0, "the rest": 0.07}
     )
     assert report.weakest == "the rest"
+
+
+def normalising(spatial):
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.AdaptiveAvgPool2d(1)]
+    end = [nn.BatchNorm2d(4)] if not spatial else []
+    return nn.Sequential(*layers, *end, nn.Flatten(), nn.Linear(4, 10))
+
+
+@pytest.mark.parametrize(("size", "world", "advice"), [(673, 1, 674), (64, 2, 65), (1341, 4, 1347)])
+def test_a_process_that_would_get_one_image_is_found_before_training(size, world, advice):
+    served = Batches(load("digits").train, size, shuffle=True, seed=0)
+    model = normalising(spatial=False)
+    one = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(UsageError, match="leaves a process one image") as caught:
+        check_least_part(model, lambda: model(one), served, Ranks(0, world))
+    assert caught.value.notes["fix"] == f"--batch-size {advice}, for example"
+    assert caught.value.notes.get("given") == (f"{world} processes" if world > 1 else None)
+    better = Batches(served.dataset, advice, shuffle=True, seed=0)
+    check_least_part(model, lambda: model(one), better, Ranks(0, world))
+    assert all(
+        len(part) > 1
+        for rank in range(world)
+        for part in [better.shard(rank, world).rows(len(better) - 1)]
+    )
+
+
+def test_a_model_that_can_learn_from_one_image_is_asked_and_left_as_it_was():
+    served = Batches(load("digits").train, 673, shuffle=True, seed=0)
+    model, one, asked = normalising(spatial=True).eval(), torch.ones(1, 1, 8, 8), []
+    before, drawn = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+
+    def run():
+        asked.append(model.training)
+        model(one)
+
+    check_least_part(model, run, served, Ranks.alone())
+    assert asked == [True]
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -137,17 +137,41 @@ class Batches:
         """
         if not 0 <= rank < world:
             raise UsageError(f"there is no rank {rank} among {world} processes.")
-        rest = len(self.dataset) % self.batch_size
-        least = self.batch_size if self.drop_last or not rest else rest
-        if self.shuffle and least < world:
+        if self.shuffle and not self.least_part(world):
             raise UsageError(
-                f"a batch of {least} images cannot be shared by {world} processes.",
+                f"a batch of {self.least_part(1)} images cannot be shared by {world} processes.",
                 where=f"{len(self.dataset):,} images in batches of {self.batch_size}",
-                fix="choose another --batch-size",
+                fix=f"--batch-size {self.roomier(world)}, for example",
             )
         part = copy.copy(self)
         part.rank, part.world = rank, world
         return part
+
+    def least_part(self, world: int = 1) -> int:
+        """How many samples one of ``world`` processes has at the least in a batch of an epoch.
+
+        >>> from kdsurgeon.data import load
+        >>> batches = Batches(load("digits").train, 64, shuffle=True, seed=0)
+        >>> len(batches.dataset), batches.least_part(), batches.least_part(2)
+        (1347, 3, 1)
+        """
+        return self._least(self.batch_size) // world
+
+    def roomier(self, world: int = 1) -> int:
+        """The next larger batch size at which each of ``world`` processes always has two samples.
+
+        >>> from kdsurgeon.data import load
+        >>> Batches(load("digits").train, 64, shuffle=True, seed=0).roomier(2)
+        65
+        """
+        size = max(self.batch_size + 1, 2 * world)
+        while self._least(size) < 2 * world and size < len(self.dataset):
+            size += 1
+        return size
+
+    def _least(self, size: int) -> int:
+        rest = len(self.dataset) % size
+        return size if self.drop_last or not rest else rest
 
     def rows(self, batch: int) -> np.ndarray:
         """Which rows of the data set make up ``batch`` of the current epoch (this rank's part)."""

@@ -17,10 +17,12 @@ from kdsurgeon.training.sharding import all_like, here, whole_weights
 from kdsurgeon.training.state import TrainingState, start
 from kdsurgeon.training.stopping import Stop, StopWaiting, until
 from kdsurgeon.training.together import Together, share
+from kdsurgeon.training.updating import Before
 
 __all__ = [
     "Average",
     "Batches",
+    "Before",
     "Epoch",
     "Moment",
     "Objective",
