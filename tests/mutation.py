@@ -58,7 +58,7 @@ AREAS = {
         ),
     ),
     "export": Area(
-        ("exporting.gate", "exporting.soundness"),
+        ("exporting.gate", "exporting.beside", "exporting.trial", "exporting.soundness"),
         ("test_hostile_onnx.py", "test_exporting.py"),
     ),
 }

@@ -44,6 +44,7 @@ from kdsurgeon.exporting import (
     quantize,
     read_metadata,
     runtime,
+    trial,
     wire,
 )
 from kdsurgeon.exporting.gate import read_onnx, session
@@ -258,7 +259,7 @@ def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("it was tried out")
 
-    monkeypatch.setattr(gate, "_try_out", never)
+    monkeypatch.setattr(gate, "try_out", never)
     monkeypatch.setattr(runtime, "open_session", never)
 
 
@@ -405,7 +406,7 @@ def test_files_swapped_after_the_check_change_nothing(
     weights = place.folder / "weights.bin"
     weights.write_bytes(WEIGHT.tobytes())
     place.file.write_bytes(outside("weights.bin"))
-    real = gate._try_out
+    real = gate.try_out
 
     def swaps(*arguments: object) -> None:
         weights.unlink()
@@ -415,7 +416,7 @@ def test_files_swapped_after_the_check_change_nothing(
         real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(gate, "_known", set())
-    monkeypatch.setattr(gate, "_try_out", swaps)
+    monkeypatch.setattr(gate, "try_out", swaps)
     run = session(place.file, threads=1)
     images = np.random.default_rng(1).standard_normal((2, 1, 4, 4)).astype(np.float32)
     (found,) = run.run(None, {"input": images})
@@ -807,7 +808,7 @@ def test_absurd_sizes_that_are_computed_are_found_by_trial(
 def test_a_model_that_runs_without_end_is_stopped(
     place: Place, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "SECONDS", 2)
+    monkeypatch.setattr(trial, "SECONDS", 2)
     body = helper.make_graph(
         [
             helper.make_node("Identity", ["go"], ["on"]),
@@ -850,7 +851,7 @@ def test_a_file_is_tried_out_once_and_one_of_ours_not_at_all(
 ) -> None:
     tried = []
     monkeypatch.setattr(gate, "_known", set())
-    monkeypatch.setattr(gate, "_try_out", lambda file, _: tried.append(file.path.name))
+    monkeypatch.setattr(gate, "try_out", lambda name, *_: tried.append(name))
     place.file.write_bytes(GOOD)
     session(place.file, threads=1)
     session(place.file, threads=1)

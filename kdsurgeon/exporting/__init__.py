@@ -5,11 +5,12 @@ parity, accuracy, quantize                    its checks, for files that exist
 latency, benchmark                            what the models cost, side by side
 """
 
+from kdsurgeon.exporting.answers import accuracy
 from kdsurgeon.exporting.form import Form
 from kdsurgeon.exporting.int8 import Int8, quantize
 from kdsurgeon.exporting.latency import Benchmark, Latency, benchmark, latency
 from kdsurgeon.exporting.onnx import Exported, export, read_metadata
-from kdsurgeon.exporting.parity import Parity, accuracy, parity
+from kdsurgeon.exporting.parity import Parity, parity
 from kdsurgeon.exporting.preprocessing import Preprocessing
 from kdsurgeon.exporting.rounding import Rounded
 

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from kdsurgeon.errors import NumericsError, UsageError
 from kdsurgeon.exporting import qdq, runtime
+from kdsurgeon.exporting.answers import logits, predicted
 from kdsurgeon.exporting.form import VERIFIED
 from kdsurgeon.exporting.gate import read_onnx, session, vouch
-from kdsurgeon.exporting.parity import check_interface, logits, predicted
+from kdsurgeon.exporting.interface import check_interface
 from kdsurgeon.exporting.sensitivity import IMAGES, Quantize, sensitivities
 from kdsurgeon.exporting.staging import first_line, silence, staged
 

@@ -20,10 +20,10 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from kdsurgeon.errors import UsageError
+from kdsurgeon.exporting.answers import resting
 from kdsurgeon.exporting.form import PRECISION
 from kdsurgeon.exporting.gate import read_onnx, session
 from kdsurgeon.exporting.memory import peak_of
-from kdsurgeon.exporting.parity import resting
 from kdsurgeon.exporting.preprocessing import IMAGE
 from kdsurgeon.exporting.staging import first_line
 

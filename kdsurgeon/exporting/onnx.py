@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from kdsurgeon.errors import NumericsError, UsageError
 from kdsurgeon.exporting import external
+from kdsurgeon.exporting.answers import hits, resting
 from kdsurgeon.exporting.converting import Conversion, Network, convert, write_content
 from kdsurgeon.exporting.form import VERIFIED, Form
 from kdsurgeon.exporting.gate import read_onnx
 from kdsurgeon.exporting.half import check_range, halved
 from kdsurgeon.exporting.int8 import Int8, quantize
-from kdsurgeon.exporting.parity import Parity, hits, resting
+from kdsurgeon.exporting.parity import Parity
 from kdsurgeon.exporting.preprocessing import Preprocessing, check_images
 from kdsurgeon.exporting.proving import (
     File,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,27 +20,21 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from kdsurgeon.errors import NumericsError, UsageError
-from kdsurgeon.exporting.converting import Network, messages
+from kdsurgeon.errors import NumericsError
+from kdsurgeon.exporting.answers import CHUNK, logits, reference, resting
+from kdsurgeon.exporting.converting import Network
 from kdsurgeon.exporting.gate import session
+from kdsurgeon.exporting.interface import check_interface
 from kdsurgeon.exporting.samples import (
     Samples,
     by_name,
-    chunks,
     count,
     edges_of,
     random_like,
-    repeated,
     rows,
 )
-from kdsurgeon.exporting.staging import first_line
-from kdsurgeon.tracing import Inputs
-
-__all__ = ["Parity", "accuracy", "check_interface", "first_line", "logits", "messages", "parity",
-           "predicted", "reference", "resting"]  # fmt: skip
 
 BATCH_SIZES = (1, 2, 3, 7)
-CHUNK = 64  # samples per run when all are run; bounds the memory, not the result
 FP32_TOLERANCE = 1e-5  # of max(1, largest logit); torch's own floor for fp32
 FP16_TOLERANCE = 1e-2  # of the largest logit
 FP16_DISAGREEMENT = 1e-3  # share of real samples that may get another class, by a margin in bounds
@@ -328,248 +322,6 @@ def compare(expected: Tensor, actual: Tensor, bound: float) -> tuple[float, floa
     margin = expected.gather(1, wanted[:, None]) - expected.gather(1, found[:, None])
     wrong = int((margin > bound).sum())
     return _peak(actual - expected), (wanted == found).double().mean().item(), wrong
-
-
-def accuracy(path: str | os.PathLike[str], samples: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy, 0 to 1, of an ONNX file on ``samples`` (n, …) with ``labels`` (n,).
-
-    Raises :class:`UsageError` when the two are not equally many, and as :func:`session` does.
-    """
-    if len(samples) != len(labels) or not len(labels):
-        raise UsageError(f"accuracy needs a label for each sample; got {len(samples)} samples and "
-                         f"{len(labels)} labels.")  # fmt: skip
-    path = Path(path)
-    run = session(path, sample=samples.shape[1:])
-    batch = check_interface(run, path, batch=fixed_batch(run))
-    return hits(run, samples, labels, path, batch=batch)
-
-
-def hits(
-    run: onnxruntime.InferenceSession,
-    samples: Inputs,
-    labels: Tensor,
-    path: Path,
-    *,
-    batch: int | None = None,
-) -> float:
-    """The share of samples, 0 to 1, whose largest logit is that of their label (n,)."""
-    found = logits(run, samples, path, batch=batch).argmax(-1)
-    return (found == labels.cpu()).double().mean().item()
-
-
-def predicted(run: onnxruntime.InferenceSession, samples: Tensor, path: Path) -> Tensor:
-    """The top-1 class of each sample, (n,), int64."""
-    return logits(run, samples, path).argmax(1)
-
-
-def resting(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` on the CPU in eval mode; the model itself stays as it is.
-
-    A tensor that the last forward pass left behind on a module is copied without its history.
-    Raises :class:`UsageError` when the model cannot be copied.
-    """
-    left_behind = (value for module in model.modules() for value in vars(module).values())
-    memo = {
-        id(value): value.detach().clone()
-        for value in left_behind
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    try:
-        return copy.deepcopy(model, memo).cpu().eval()
-    except Exception as error:
-        raise UsageError(
-            f"{type(model).__name__} cannot be copied, so it cannot be measured untouched.",
-            why=first_line(error),
-            fix="keep files, locks and other open things out of the module",
-        ) from error
-
-
-def reference(
-    network: Network, samples: Samples, *, seed: int = 0, may_be_infinite: bool = False
-) -> Tensor:
-    """The logits of a resting network, (n, classes), its randomness if any drawn from ``seed``.
-
-    Raises :class:`UsageError` when it does not run and :class:`NumericsError` when they are not
-    finite.
-    """
-    total = count(samples)
-    try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed reseeds CUDA too
-            found = torch.cat([network.answer(chunk) for chunk in chunks(samples, CHUNK)])
-    except Exception as error:
-        shape = tuple(next(iter(samples.values())).shape[1:])
-        raise UsageError(
-            f"{network.label} cannot run a batch of {min(CHUNK, total)} samples of shape {shape}.",
-            why=first_line(error),
-        ) from error
-    if not may_be_infinite and not bool(found.isfinite().all()):
-        bad = int((~found.isfinite()).flatten(1).any(1).sum())
-        raise NumericsError(
-            f"{network.label} itself gives logits that are not finite, "
-            f"for {bad} of {total} samples.",
-            fix="export weights from before training went wrong, and check how the images are "
-            "normalised",
-        )
-    return found
-
-
-def logits(
-    run: onnxruntime.InferenceSession, samples: Inputs, path: Path, *, batch: int | None = None
-) -> Tensor:
-    """What the session computes for ``samples`` (n, …), :data:`CHUNK` at a time: (n, classes).
-
-    A file that takes one ``batch`` size only is given that; the last batch is filled up.
-    """
-    given = run.get_inputs()
-    if isinstance(samples, Tensor) or len(given) == 1:
-        value = samples if isinstance(samples, Tensor) else next(iter(samples.values()))
-        samples = {given[0].name: value.detach().cpu()}
-    _check_fit(given, samples, path)
-    found = []
-    for chunk in chunks(samples, batch or CHUNK):
-        wanted = count(chunk)
-        found.append(_run(run, repeated(chunk, batch or wanted), path)[:wanted])
-    return torch.cat(found)
-
-
-def _run(run: onnxruntime.InferenceSession, chunk: Samples, path: Path) -> Tensor:
-    """The logits of one batch."""
-    shape = tuple(next(iter(chunk.values())).shape)
-    try:
-        (found,) = run.run(None, {name: value.numpy() for name, value in chunk.items()})
-    except Exception as error:
-        raise NumericsError(
-            f"{path.name} cannot run an input of shape {shape}.", why=first_line(error)
-        ) from error
-    result = torch.from_numpy(found)
-    axes = (2, 3) if any(not value.is_floating_point() for value in chunk.values()) else (2,)
-    if result.ndim not in axes or len(result) != shape[0]:
-        raise NumericsError(
-            f"{path.name} returns shape {tuple(result.shape)} for {shape[0]} samples, "
-            f"not (batch, classes)."
-        )
-    return result
-
-
-def check_interface(
-    run: onnxruntime.InferenceSession,
-    path: Path,
-    *,
-    batch: int | None = None,
-    inputs: Mapping[str, str] | None = None,
-    free: Mapping[str, Mapping[int, str]] | None = None,
-) -> int | None:
-    """One input, one fp32 output of logits, and the axes free that should be, and no others.
-
-    The batch axis is free, or ``batch``, which is returned. ``inputs`` are the types of other
-    inputs than one of fp32, by name; ``free`` names all axes that may be free, where that is known.
-    Raises :class:`NumericsError`.
-    """
-    given, results = run.get_inputs(), run.get_outputs()
-    wanted = {value.name: "tensor(float)" for value in given[:1]} if inputs is None else inputs
-    for values, names, kind in ((given, list(wanted), "input"), (results, None, "output")):
-        if len(values) != (len(wanted) if names else 1):
-            listed = ", ".join(value.name for value in values) or "none"
-            num = f"the inputs {', '.join(wanted)}" if names and len(names) > 1 else f"one {kind}"
-            raise NumericsError(f"{path.name} must have {num}; it has {listed}.")
-        for value in values:
-            _check_value(value, kind, wanted if names else {}, batch, path)
-    for value in given if free is not None else ():
-        _check_axes(value, (free or {}).get(value.name, {}), path)
-    return batch
-
-
-def fixed_batch(run: onnxruntime.InferenceSession) -> int | None:
-    """The one batch size that a file declares; None when it is free."""
-    shape = run.get_inputs()[0].shape
-    return shape[0] if shape and isinstance(shape[0], int) else None
-
-
-def _check_value(
-    value: onnxruntime.NodeArg, kind: str, types: Mapping[str, str], batch: int | None, path: Path
-) -> None:
-    type_name = types.get(value.name, "tensor(float)")
-    if value.type != type_name:
-        wanted = "fp32" if type_name == "tensor(float)" else type_name
-        raise NumericsError(f'{path.name}: {kind} "{value.name}" is {value.type}, not {wanted}.')
-    if batch is not None and value.shape and value.shape[0] == batch:
-        return
-    if batch is not None or not value.shape or isinstance(value.shape[0], int):
-        raise NumericsError(
-            f'{path.name}: the batch axis of {kind} "{value.name}" is not '
-            f"{'dynamic' if batch is None else batch}; its shape is {_spelled(value.shape)}.",
-            fix="in the model, write -1 or x.shape[0] where a batch size stands as a number",
-        )
-
-
-def _check_axes(value: onnxruntime.NodeArg, free: Mapping[int, str], path: Path) -> None:
-    """Every axis of an input that should be free is, and no other."""
-    found = {axis for axis, size in enumerate(value.shape) if not isinstance(size, int)}
-    for axis in sorted(found ^ set(free)):
-        what = "is free, though only one size was proved" if axis in found else "is not free"
-        raise NumericsError(
-            f'{path.name}: axis {axis} of input "{value.name}" {what}; '
-            f"its shape is {_spelled(value.shape)}."
-        )
-
-
-def check_refusals(run: onnxruntime.InferenceSession, samples: Samples, path: Path) -> None:
-    """ONNX Runtime refuses what the file does not declare: another size of any axis that is fixed.
-
-    A file that broadcasts instead would answer, wrongly, with no word. Raises
-    :class:`NumericsError`.
-    """
-    for value in run.get_inputs():
-        for axis, size in enumerate(value.shape):
-            if not isinstance(size, int):
-                continue
-            grown = dict(samples)
-            grown[value.name] = grown[value.name].repeat_interleave(2, axis)
-            try:
-                run.run(None, {name: each.numpy() for name, each in grown.items()})
-            except Exception:  # as it should
-                continue
-            raise NumericsError(
-                f'{path.name} answers when axis {axis} of "{value.name}" is '
-                f"{grown[value.name].shape[axis]}, though it declares {size}."
-            )
-
-
-_TYPES = {
-    "tensor(float)": torch.float32,
-    "tensor(uint8)": torch.uint8,
-    "tensor(int64)": torch.int64,
-    "tensor(int32)": torch.int32,
-    "tensor(bool)": torch.bool,
-}
-
-
-def type_name(value: Tensor) -> str:
-    """What ONNX Runtime calls the type of a tensor."""
-    return next((name for name, dtype in _TYPES.items() if dtype == value.dtype), str(value.dtype))
-
-
-def _check_fit(given: Sequence[onnxruntime.NodeArg], samples: Samples, path: Path) -> None:
-    for each in given:
-        value = samples.get(each.name)
-        if value is None:
-            raise UsageError(f'{path.name} takes an input "{each.name}", which was not given.')
-        fits = len(each.shape) == value.ndim and all(
-            wanted == found
-            for wanted, found in zip(each.shape[1:], value.shape[1:], strict=True)
-            if isinstance(wanted, int)
-        )
-        if not fits or value.dtype != _TYPES.get(each.type):
-            kind = str(_TYPES.get(each.type, each.type)).removeprefix("torch.")
-            raise UsageError(
-                f"{path.name} takes {kind} of shape {_spelled(each.shape)}, not {value.dtype} of "
-                f"shape {tuple(value.shape)}."
-            )
-
-
-def _spelled(shape: list[int | str | None]) -> str:
-    return f"({', '.join('any' if size is None else str(size) for size in shape)})"
 
 
 def _peak(values: Tensor) -> float:

@@ -17,15 +17,8 @@ from kdsurgeon.exporting.converting import Conversion, Network, free_axes
 from kdsurgeon.exporting.divergence import first_divergence
 from kdsurgeon.exporting.form import Form
 from kdsurgeon.exporting.gate import session, vouch
-from kdsurgeon.exporting.parity import (
-    FP16_TOLERANCE,
-    FP32_TOLERANCE,
-    Parity,
-    check_interface,
-    check_refusals,
-    prove,
-    type_name,
-)
+from kdsurgeon.exporting.interface import check_interface, check_refusals, type_name
+from kdsurgeon.exporting.parity import FP16_TOLERANCE, FP32_TOLERANCE, Parity, prove
 from kdsurgeon.exporting.preprocessing import IMAGE, Embedded, other_sizes
 from kdsurgeon.exporting.samples import (
     ONE,
