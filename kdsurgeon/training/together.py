@@ -12,6 +12,7 @@ update (timm does that after an epoch), so that all ranks hold the same.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -179,10 +180,12 @@ def share(
     before.restore()
     if sent:
         runs = _wrapped(runs, [parameter for _, parameter in by_hand])
-        for _ in range(2):  # DDP orders its buckets after the first: sums keep their order later
-            loss(runs).backward()
-            model.zero_grad()
-            before.restore()
+        with warnings.catch_warnings():  # torch says it once, of 1×1 kernels, which lie alike
+            warnings.filterwarnings("ignore", "Grad strides do not match", UserWarning)
+            for _ in range(2):  # DDP orders its buckets after the first: sums keep their order
+                loss(runs).backward()
+                model.zero_grad()
+                before.restore()
     return Together(ranks, runs, by_hand, sent, statistics)
 
 

@@ -134,9 +134,9 @@ def _bar(change: float, scale: float) -> str:
     )
     middle = _WIDTH / 2
     length = abs(change) / scale * (middle - 2)
-    hue = "mark-5" if change < 0 else "mark-1"
+    kind = "worse" if change < 0 else "better"
     place = {"x": f"{middle - length if change < 0 else middle:.1f}", "width": f"{length:.1f}"}
-    ET.SubElement(svg, "rect", place | {"y": "3", "height": "8"} | palette.painted(hue))
+    ET.SubElement(svg, "rect", place | {"y": "3", "height": "8"} | palette.painted(kind))
     ends = {"x1": f"{middle}", "x2": f"{middle}", "y1": "0", "y2": f"{_HEIGHT}"}
     ET.SubElement(svg, "line", ends | palette.painted("flow"))
     return ET.tostring(svg, encoding="unicode")

@@ -53,6 +53,8 @@ for _name, (_fill, _line, _dark_fill, _dark_line) in _HUES.items():
 _CHART_PAINTS = _PAINTS | {
     "mark-student": Paint("#111827", "none", "#f3f4f6", "none"),
     "wire-student": Paint("none", "#111827", "none", "#f3f4f6"),
+    "worse": Paint("#b91c1c", "none", "#f87171", "none"),
+    "better": Paint("#15803d", "none", "#4ade80", "none"),
     "port-student": Paint("#ffffff", "#111827", "#0f141b", "#f3f4f6"),
 }
 
