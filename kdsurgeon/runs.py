@@ -304,7 +304,7 @@ class Run:
         whole = self._checkpoints()[-1:]
         if is_full(error):
             free = in_words(free_space(self.path))
-            error.notes["room"] = f"the checkpoint needs {in_words(needs)}, {free} are free"
+            error.notes["room"] = f"the weights alone take {in_words(needs)}, {free} are free"
         error.notes["kept"] = f"{whole[0].name} is intact" if whole else ""
         return ResourceError(error.what, **error.notes)
 

@@ -118,6 +118,10 @@ def _outside(raw: bytearray) -> None:
     struct.pack_into("<L", raw, raw.index(b"PK\1\2") + 42, len(raw) + 1)
 
 
+def _cut_off(raw: bytearray) -> None:
+    struct.pack_into("<L", raw, raw.index(b"PK\1\2") + 42, len(raw) - 29)
+
+
 def _not_text(raw: bytearray) -> None:
     for sign in (b"PK\3\4", b"PK\1\2"):
         raw[raw.index(sign) + {b"PK\3\4": 30, b"PK\1\2": 46}[sign]] = 0xFF
@@ -133,6 +137,7 @@ SHORT = {
     "fewer records": (_fewer_records, "its directory has another length than it says"),
     "no directory": (_no_directory, "its directory is not one"),
     "outside": (_outside, 'record "net/data.pkl" lies outside of the file'),
+    "cut off": (_cut_off, 'record "net/data.pkl" lies outside of the file'),
     "not text": (_not_text, "a record's name is not text"),
     "too large": (_larger_than_what_is_there, 'record "net/version" overlaps what follows it'),
 }
@@ -144,6 +149,14 @@ def test_an_archive_that_contradicts_itself_is_refused(name, monkeypatch):
     raw = bytearray(written(monkeypatch, None))
     damage(raw)
     with pytest.raises(ModelFileError, match=rf"net\.pt is damaged: .*{words}"):
+        read_records(bytes(raw), "net.pt")
+
+
+def test_a_directory_that_ends_before_its_last_record_is_cut_off(monkeypatch):
+    names = [f"net/{letter * 50}" for letter in "ab"]  # as long as a record without a name
+    raw = bytearray(written(monkeypatch, None, dict.fromkeys(names, b"")))
+    struct.pack_into("<2H", raw, len(raw) - 14, 3, 3)
+    with pytest.raises(ModelFileError, match=r"net\.pt is damaged: its directory is cut off"):
         read_records(bytes(raw), "net.pt")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import doctest
+import errno
 import hashlib
 import json
 import os
@@ -12,9 +13,12 @@ import pathlib
 import stat
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,9 +38,11 @@ from kdsurgeon.checkpoints import (
     is_file,
     load_model,
     model_hash,
+    pickles,
     read_arrays,
     read_model,
     read_tensors,
+    reader,
     save_model,
     specs,
     store,
@@ -230,6 +236,16 @@ def test_tensors_of_every_type_and_shape_come_back(folder: Path, dtype: torch.dt
         assert found[name].reshape(-1).tolist() == tensor.reshape(-1).tolist()
 
 
+@pytest.mark.parametrize("sizes", [(1, 400_000), (400_000, 1), (200_000, 200_000, 1)])
+def test_tensors_larger_and_smaller_than_what_is_written_at_once_come_back(
+    folder: Path, sizes: tuple[int, ...]
+) -> None:
+    torch.manual_seed(3)
+    tensors = {str(n): torch.rand(size) for n, size in enumerate(sizes)}
+    write_tensors(tensors, "t.safetensors")
+    assert equal(read_tensors("t.safetensors"), tensors)
+
+
 def test_the_permissions_of_a_written_file_follow_the_umask(folder: Path) -> None:
     for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
         before = os.umask(mask)
@@ -259,6 +275,12 @@ def test_a_file_without_a_seal_is_no_run_checkpoint(folder: Path) -> None:
     assert "carries no seal" in refusal(read_tensors, "foreign.safetensors").what
 
 
+def test_a_folder_is_no_file_of_tensors_or_arrays(folder: Path) -> None:
+    for read, kind in ((read_tensors, ModelFileError), (read_arrays, DataError)):
+        error = refusal(read, ".")
+        assert type(error) is kind and error.what == ". is a folder, not a model file."
+
+
 def test_a_full_or_unwritable_folder_is_named_and_nothing_is_left(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +301,65 @@ def test_a_full_or_unwritable_folder_is_named_and_nothing_is_left(
     assert Path("m.safetensors").read_bytes() == b"before"
 
 
+def test_a_line_that_cannot_be_added_names_its_file(folder: Path) -> None:
+    error = refusal(disk.append, Path("absent/train.log"), "epoch 1\n")
+    assert isinstance(error, ResourceError) and error.notes["fix"] == "make the folder first"
+    assert error.what == "absent/train.log could not be written."
+
+
+def test_an_interrupted_writing_leaves_what_was_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    Path("m.safetensors").write_bytes(b"before")
+    monkeypatch.setattr(disk.os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors({"a": torch.ones(1)}, "m.safetensors")
+    assert [file.name for file in folder.iterdir()] == ["m.safetensors"]
+    assert Path("m.safetensors").read_bytes() == b"before"
+
+
+def test_a_draft_that_an_earlier_process_left_is_no_hindrance(folder: Path) -> None:
+    Path(f".m.safetensors.{os.getpid()}.tmp").write_bytes(bytes(9999))
+    write_tensors({"a": torch.ones(1)}, "m.safetensors")
+    assert [file.name for file in folder.iterdir()] == ["m.safetensors"]
+    assert read_tensors("m.safetensors")["a"].item() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [("open", errno.EACCES), ("fsync", errno.EINVAL), ("fsync", errno.ENOTSUP)]
+)
+def test_a_file_system_that_flushes_no_folder_is_written_to(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, fault: int
+) -> None:
+    fail_on_folders(monkeypatch, name, fault)
+    write_tensors({"a": torch.ones(1)}, "m.safetensors")
+    assert read_tensors("m.safetensors")["a"].item() == 1
+
+
+@pytest.mark.parametrize("name", ["open", "fsync"])
+def test_a_folder_that_fails_to_be_flushed_is_not_passed_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fail_on_folders(monkeypatch, name, errno.EIO)
+    error = refusal(write_tensors, {"a": torch.ones(1)}, "m.safetensors")
+    assert isinstance(error, ResourceError) and error.notes["why"] == os.strerror(errno.EIO)
+
+
+def fail_on_folders(monkeypatch: pytest.MonkeyPatch, name: str, fault: int) -> None:
+    call = getattr(os, name)
+
+    def failing(target: Any, *rest: int) -> int:
+        is_open = isinstance(target, int)
+        if stat.S_ISDIR(os.fstat(target).st_mode) if is_open else Path(target).is_dir():
+            raise OSError(fault, os.strerror(fault))
+        return call(target, *rest)
+
+    monkeypatch.setattr(disk.os, name, failing)
+
+
 def test_a_path_that_is_a_folder_cannot_be_written(folder: Path) -> None:
     Path("m.safetensors").mkdir()
     error = refusal(write_tensors, {"a": torch.ones(1)}, "m.safetensors")
@@ -291,6 +372,8 @@ def test_a_state_that_safetensors_has_no_word_for_is_refused(folder: Path) -> No
     assert isinstance(error, UsageError) and 'the tensor "a" (sparse_coo' in error.what
     error = refusal(save_model, WithExtra(), "m.safetensors", CARD)
     assert isinstance(error, UsageError) and '"_extra_state", which is dict' in error.what
+    error = refusal(write_tensors, {"__metadata__": torch.ones(1)}, "m.safetensors")
+    assert isinstance(error, UsageError) and 'cannot be called "__metadata__"' in error.what
 
 
 @pytest.mark.parametrize(
@@ -457,8 +540,6 @@ def test_a_damaged_weight_is_named_with_its_record_and_place(folder: Path) -> No
 
 
 def test_a_packed_checkpoint_says_what_it_would_unpack_to(folder: Path) -> None:
-    import zipfile
-
     with zipfile.ZipFile("s.pt", "w", zipfile.ZIP_DEFLATED) as made:
         made.writestr("s/data.pkl", b"\x80\x02}.")
         made.writestr("s/data/0", bytes(2_000_000))
@@ -621,6 +702,56 @@ def test_an_unreadable_file_is_a_matter_of_permission(
     assert error.what == "t.pt could not be read."
 
 
+def test_a_file_larger_than_the_memory_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    torch.save(small().state_dict(), "t.pt")
+    monkeypatch.setattr(torch, "load", full)
+    assert isinstance(refusal(read_model, "t.pt"), ResourceError)
+    monkeypatch.setattr(disk, "open", full, raising=False)
+    error = refusal(read_model, "t.pt")
+    assert isinstance(error, ResourceError) and error.exit_code == 6
+    assert error.what == "t.pt does not fit into memory."
+
+
+def test_a_trusted_file_still_holds_plain_tensors_alone(folder: Path) -> None:
+    def refused(tensor: Tensor) -> str:
+        torch.save({"state_dict": {"w": tensor}, "more": Gone()}, "t.pt")
+        digest = hashlib.sha256(Path("t.pt").read_bytes()).hexdigest()
+        return refusal(read_model, "t.pt", trust=[digest]).what
+
+    assert refused(torch.eye(2).to_sparse()) == 't.pt: "w" is not a plain tensor (sparse_coo, cpu).'
+    assert refused(torch.ones(1).expand(9)) == 't.pt: "w" is larger than its storage.'
+
+
+def test_a_tensor_whose_numbers_are_stored_conjugated_is_refused(folder: Path) -> None:
+    torch.save({"w": torch.ones(2, dtype=torch.complex64).conj()}, "t.pt")
+    assert refusal(read_model, "t.pt").notes["why"] == "a tensor with conjugate or negative bits"
+
+
+def test_a_checkpoint_may_name_the_device_it_was_trained_on(folder: Path) -> None:
+    content = {"state_dict": small().state_dict(), "device": torch.device("cuda", 0)}
+    torch.save(content, "t.pt")
+    assert equal(read_model("t.pt").tensors, dict(small().state_dict()))
+
+
+def test_a_file_with_too_many_tensors_or_too_long_a_pickle_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"a": torch.ones(1), "b": torch.ones(1)}, "t.pt")
+    monkeypatch.setattr(reader, "MAX_TENSORS", 1)
+    assert refusal(read_model, "t.pt").what == "t.pt holds 2 tensors; 1 are allowed."
+    monkeypatch.setattr(pickles, "MAX_TENSORS", 1)
+    assert refusal(read_model, "t.pt").notes["why"] == "it holds more than 1 tensors"
+    monkeypatch.setattr(pickles, "MAX_ITEMS", 3)
+    assert refusal(read_model, "t.pt").notes["why"] == "it holds too many items"
+    monkeypatch.setattr(reader, "MAX_PICKLE", 100)
+    assert refusal(read_model, "t.pt").what.startswith("t.pt: its pickle has ")
+
+
 # --- weights and architecture -------------------------------------------------------------------
 
 
@@ -719,6 +850,26 @@ def test_a_model_string_builds_the_model(folder: Path) -> None:
     assert loaded.model.head.out_features == 7 and loaded.model.conv.out_channels == 5
     assert (loaded.name, loaded.sha256, loaded.card.num_classes) == ("small", None, 7)
     assert not loaded.model.training
+
+
+def test_a_factory_that_tells_no_arguments_is_given_none(folder: Path) -> None:
+    code = "import functools\nfrom torch import nn\nbuild = functools.partial(max, [nn.ReLU()])\n"
+    (folder / "silent.py").write_text(code)
+    assert isinstance(build("py:silent.py:build", num_classes=7), nn.ReLU)
+
+
+def test_a_refusal_by_a_factory_reaches_the_user_unchanged(folder: Path) -> None:
+    code = "from kdsurgeon.errors import UsageError\ndef build(): raise UsageError('too deep.')\n"
+    (folder / "refusing.py").write_text(code)
+    assert str(refusal(build, "py:refusing.py:build")) == "too deep."
+
+
+def test_a_file_of_the_user_may_clear_the_import_path_itself(folder: Path) -> None:
+    before = list(sys.path)
+    code = "import sys\nfrom torch import nn\nsys.path.pop(0)\nbuild = nn.ReLU\n"
+    (folder / "clearing.py").write_text(code)
+    assert isinstance(build("py:clearing.py:build"), nn.ReLU)
+    assert sys.path == before
 
 
 def test_the_class_count_of_the_string_is_kept(folder: Path) -> None:
@@ -901,6 +1052,8 @@ def test_a_manifest_holds_the_converted_file_to_its_hash(folder: Path) -> None:
     manifest = json.loads(done.manifest.read_text())
     assert manifest["sha256"] == done.sha256
     assert manifest["source"] == {"file": "t.pt", "sha256": done.source_sha256}
+    assert str(done).startswith(f"t.safetensors: {manifest['num_tensors']} tensors of t.pt\n")
+    assert "left out" not in str(done)
     save_model(small(2), "t.safetensors", CARD)
     error = refusal(read_model, "t.safetensors")
     assert error.what == "t.safetensors is not the file that its manifest describes."
@@ -949,6 +1102,106 @@ def test_a_child_that_dies_leaves_nothing(folder: Path, monkeypatch: pytest.Monk
     assert [p.name for p in folder.iterdir()] == ["t.pt"]
 
 
+def test_convert_says_why_its_process_does_not_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    torch.save(small().state_dict(), "t.pt")
+    monkeypatch.setattr(conversion.subprocess, "run", full)
+    error = refusal(convert, "t.pt", "t.safetensors")
+    assert isinstance(error, ResourceError) and error.what == "t.pt could not be read."
+    assert error.notes["why"] == "Cannot allocate memory"
+
+
+def test_convert_is_refused_more_memory_than_a_file_of_that_size_needs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"w": torch.zeros(15 << 20)}, "t.pt")
+    less = "; child.__globals__['SPARE_MEMORY'] = -160 << 20; child("
+    monkeypatch.setattr(conversion, "_BOOT", conversion._BOOT.replace("; child(", less))
+    error = refusal(convert, "t.pt", "t.safetensors")
+    assert isinstance(error, ResourceError) and error.what == "t.pt needs too much memory."
+    assert [p.name for p in folder.iterdir()] == ["t.pt"]
+
+
+def taken(name: str, *, drop: bool = False) -> dict[str, Tensor]:
+    """The tensors that ``convert`` takes out of a file, in this process and not in its own."""
+    conversion._convert(Path(name).read_bytes(), name, Path("taken.safetensors"), drop)
+    return read_model("taken.safetensors").tensors
+
+
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+def test_convert_passes_over_whatever_pickle_can_write(folder: Path, protocol: int) -> None:
+    pair, five = ([],), ([], 1, 2, 3, 4)
+    pair[0].append(pair)
+    five[0].append(five)
+    extra = {"in themselves": [pair, five], "sets": [{1, 2}, frozenset({3})], "long": 1 << 3000}
+    extra |= {"bytes": [b"a", b"b" * 300, bytearray(b"c")], "texts": ["d", "e" * 300], "is": True}
+    content = {"state_dict": small().state_dict(), "extra": [extra, objects()]}
+    torch.save(content, "t.pt", pickle_protocol=protocol)
+    assert equal(taken("t.pt", drop=True), dict(small().state_dict()))
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_convert_leaves_out_what_a_module_does_not_save(folder: Path, protocol: int) -> None:
+    model = nn.Sequential(small(), nn.Linear(2, 2, bias=False))
+    model.add_module("removed", None)
+    torch.save(model, "m.pt", pickle_protocol=protocol)
+    assert equal(taken("m.pt", drop=True), dict(model.state_dict()))
+
+
+def test_convert_names_what_lies_among_the_weights(folder: Path) -> None:
+    torch.save({"state_dict": {"w": torch.ones(2), "n": 3, 5: torch.ones(1)}}, "t.pt")
+    error = refusal(taken, "t.pt")
+    assert error.what == "t.pt holds more than tensors among its weights: ['n', 5]."
+    assert error.notes["fix"] == "leave them out: --drop-extra"
+    assert taken("t.pt", drop=True).keys() == {"w"}
+    torch.save({"state_dict": {5: torch.ones(1)}}, "t.pt")
+    assert refusal(taken, "t.pt", drop=True).what == "t.pt holds no tensors."
+
+
+def test_convert_takes_no_more_memory_where_tensors_share_one_storage(folder: Path) -> None:
+    whole = torch.arange(1e6)
+    torch.save({f"w{n:02}": part for n, part in enumerate(whole.chunk(100))}, "t.pt")
+    tracemalloc.start()
+    try:
+        found = taken("t.pt")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert torch.equal(torch.cat([found[name] for name in sorted(found)]), whole)
+    assert peak < 8 * whole.nbytes
+
+
+def _big_endian(raw: bytes) -> bytes:
+    place = raw.index(b"little_endian") + 15  # behind the word and where it is kept
+    return raw[:place] + b"\x89" + raw[place + 1 :]
+
+
+def _another_count(raw: bytes) -> bytes:
+    return raw[:-12] + (3).to_bytes(8, "little") + raw[-4:]
+
+
+LEGACY = {
+    "big-endian": (_big_endian, "old.pt was written on a big-endian machine"),
+    "another count": (_another_count, "its storages are not those it describes"),
+    "cut off": (lambda raw: raw[:-1], "old.pt is damaged: it is cut off."),
+    "followed": (lambda raw: raw + b"x", "old.pt is damaged: it is cut off."),
+}
+
+
+@pytest.mark.parametrize("name", LEGACY)
+def test_convert_refuses_a_damaged_file_of_old_torch(folder: Path, name: str) -> None:
+    damage, words = LEGACY[name]
+    torch.save({"w": torch.ones(1)}, "old.pt", _use_new_zipfile_serialization=False)
+    raw = Path("old.pt").read_bytes()
+    assert damage(raw) != raw
+    Path("old.pt").write_bytes(damage(raw))
+    assert words in refusal(taken, "old.pt").what
+
+
 # --- arrays -------------------------------------------------------------------------------------
 
 
@@ -986,8 +1239,6 @@ def test_what_is_no_array_archive_is_a_data_error(folder: Path, content: bytes, 
 
 
 def test_arrays_that_are_damaged_or_no_arrays_are_named(folder: Path) -> None:
-    import zipfile
-
     def refused(name: str, content: bytes) -> str:
         with zipfile.ZipFile("d.npz", "w") as made:
             made.writestr(name, content)
@@ -1000,6 +1251,38 @@ def test_arrays_that_are_damaged_or_no_arrays_are_named(folder: Path) -> None:
     )
     assert "does not fit its content" in refused("a.npy", header.ljust(127) + b"\n" + bytes(64))
     assert isinstance(refusal(read_arrays, "absent.npz"), DataError)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "size"),
+    [
+        *(("<f8", "(-1, -1)", 8), ("<f8", "(0, -1)", 0), ("<f8", "(True, 1)", 8)),
+        *(("<f8", f"(0, {1 << 70})", 0), ("<f8", f"(0, {1 << 62}, 4)", 0)),
+        *(("<f8", f"({'0,' * 65})", 0), ("<U0", "(10,)", 0)),
+    ],
+)
+def test_an_array_of_an_impossible_shape_is_damaged(
+    folder: Path, kind: str, shape: str, size: int
+) -> None:
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}".ljust(255) + "\n"
+    start = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
+    with zipfile.ZipFile("d.npz", "w") as made:
+        made.writestr("a.npy", start + header.encode() + bytes(size))
+    error = refusal(read_arrays, "d.npz")
+    assert isinstance(error, DataError) and "does not fit its content" in error.what
+
+
+def test_arrays_packed_wrongly_or_by_another_program_are_damaged(folder: Path) -> None:
+    np.savez_compressed("d.npz", a=np.arange(99))
+    raw = Path("d.npz").read_bytes()
+    [record] = archive.read_records(raw, "d.npz")
+    spoilt = raw[: record.start] + b"\xff" * record.packed + raw[record.start + record.packed :]
+    Path("d.npz").write_bytes(spoilt)
+    words = 'd.npz is damaged: record "a.npy": it does not unpack.'
+    assert refusal(read_arrays, "d.npz").what == words
+    with zipfile.ZipFile("d.npz", "w", zipfile.ZIP_LZMA) as made:
+        made.writestr("a.npy", b"x")
+    assert "it is packed in a way numpy never uses" in refusal(read_arrays, "d.npz").what
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
@@ -1017,6 +1300,10 @@ def test_the_hash_of_a_model_tells_its_names_apart():
 
     assert model_hash(Two("a", "b")) == model_hash(Two("a", "b"))
     assert len({model_hash(Two(*names)) for names in (("a", "b"), ("a", "c"), ("b", "a"))}) == 3
+
+
+def test_the_hash_of_a_model_is_that_of_its_tensors():
+    assert model_hash(WithExtra()) == hashlib.sha256(b"WithExtra()").hexdigest()
 
 
 def test_a_header_too_long_is_refused_before_it_is_read(tmp_path):

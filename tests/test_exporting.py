@@ -14,6 +14,8 @@ import random
 import stat
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -39,6 +41,8 @@ from kdsurgeon.exporting import (
     read_metadata,
 )
 from kdsurgeon.exporting.converting import Conversion
+from kdsurgeon.exporting.gate import session
+from kdsurgeon.exporting.interface import check_refusals
 
 onnx_module = import_module("kdsurgeon.exporting.onnx")
 proving_module = import_module("kdsurgeon.exporting.proving")
@@ -740,6 +744,28 @@ def test_samples_that_a_file_does_not_take_are_named_with_both_shapes(exported: 
         accuracy(exported.path, torch.zeros(2, 64), torch.zeros(2))
     with pytest.raises(UsageError, match=wanted + r"torch\.float64"):
         accuracy(exported.path, images(2).double(), torch.zeros(2))
+
+
+def test_a_reference_that_takes_more_than_images_is_refused(
+    exported: Exported, proto: onnx.ModelProto, tmp_path: Path
+) -> None:
+    more = helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["batch"])
+    proto.graph.input.append(more)
+    onnx.save(proto, tmp_path / "more.onnx")
+    with pytest.raises(UsageError, match=r'more\.onnx takes an input "mask", which was not given'):
+        quantize(
+            exported.path, tmp_path / "int8.onnx", images(20), reference=tmp_path / "more.onnx"
+        )
+    assert names(tmp_path) == ["more.onnx"]
+
+
+def test_a_runtime_that_runs_what_a_file_does_not_declare_is_noticed(exported: Exported) -> None:
+    run, samples = session(exported.path), {"input": images(2)}
+    check_refusals(run, samples, exported.path)
+    lenient: Any = SimpleNamespace(get_inputs=run.get_inputs, run=lambda *_: [])
+    told = r'answers when axis 1 of "input" is 2, though it declares 1'
+    with pytest.raises(NumericsError, match=told):
+        check_refusals(lenient, samples, exported.path)
 
 
 # What is printed

@@ -6,6 +6,7 @@ Every file is made here from a seed. The payloads are harmless: each would creat
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -28,6 +29,7 @@ from torch import nn
 import kdsurgeon.checkpoints as checkpoints
 from kdsurgeon.checkpoints import store
 from kdsurgeon.checkpoints.disk import read_once
+from kdsurgeon.checkpoints.kinds import LEGACY_START
 from kdsurgeon.errors import DataError, ModelFileError, ResourceError, SurgeonError
 
 SEED = 20250
@@ -550,6 +552,99 @@ def test_converting_hostile_files_runs_nothing_either(tmp_path: Path, watch: Wat
         tensors += outcome == "loaded"
     assert not marker.exists()
     assert tensors >= 16  # the state dicts beside a payload are still rescued
+
+
+STORAGE = b"(" + text("storage") + named("torch", "FloatStorage") + text("0") + text("cpu")
+EMPTY = b"ccollections\nOrderedDict\n)R"
+NO_STATE = {
+    "appends to a dict": (b"}Na", "it appends to dict"),
+    "puts into a list": (b"]NNs", "it puts items into list"),
+    "a key of a tuple": (b"})Ns", "a tuple as a key"),
+    "changes a list": (b"]}b", "it changes list"),
+    "calls a type": (named("torch", "float32") + b")R", "it calls torch.float32"),
+    "calls with a list": (named("torch", "Size") + b"]R", "it calls torch.Size"),
+    "a storage of no name": (b"(" + text("x") + b"NNNK\1tQ", "a storage is not described"),
+    "a storage of no count": (STORAGE + b"NtQ", "a storage is not described"),
+    "a storage of no type": (
+        b"(" + text("storage") + named("torch", "Size") + text("0") + b"NK\1tQ",
+        "a storage of type torch.Size",
+    ),
+    "a tensor of no type": (
+        named("torch._utils", "_rebuild_tensor_v3")
+        + b"("
+        + (STORAGE + b"K\1tQK\0K\1\x85K\1\x85\x89" + EMPTY + b"NtR"),
+        "a tensor without a type",
+    ),
+    "a parameter of nothing": (
+        named("torch._utils", "_rebuild_parameter") + b"N\x89" + EMPTY + b"\x87R",
+        "a parameter that is not a tensor",
+    ),
+    "a device of a list": (named("torch", "device") + b"]\x85R", "a device that is not one"),
+    "no end": (b"}", "pickle exhausted before seeing STOP"),
+}
+
+
+@pytest.mark.parametrize("name", NO_STATE)
+def test_a_pickle_that_no_state_dict_has_is_refused_and_named(tmp_path: Path, name: str) -> None:
+    content, words = NO_STATE[name]
+    end = b"" if name == "no end" else b"."
+    path = tmp_path / "model.pt"
+    path.write_bytes(checkpoint(b"\x80\x02" + content + end))
+    with pytest.raises(ModelFileError, match="its pickle is not one of a state dict") as info:
+        checkpoints.read_model(path)
+    assert words in info.value.notes["why"]
+
+
+def test_a_device_that_would_be_endless_in_words_is_not_put_into_words(tmp_path: Path) -> None:
+    doubled = b"]q\0" + b"".join(
+        b"](h" + bytes([level]) + b"h" + bytes([level]) + b"eq" + bytes([level + 1])
+        for level in range(99)
+    )
+    path = tmp_path / "model.pt"
+    path.write_bytes(
+        checkpoint(b"\x80\x02(" + doubled + b"t" + named("torch", "device") + b"hc\x85R.")
+    )
+    with pytest.raises(ModelFileError, match="its pickle is not one of a state dict"):
+        checkpoints.read_model(path)
+
+
+def test_the_pickles_in_front_of_an_old_checkpoint_name_nothing_either(tmp_path: Path) -> None:
+    from kdsurgeon.checkpoints.conversion import _convert
+
+    content = saved({"w": torch.ones(1)}, _use_new_zipfile_serialization=False)
+    call = b"\x80\x02" + opcodes("os", "system", ("true",))[0] + b"."
+    raw = content[: len(LEGACY_START)] + call + content[len(LEGACY_START) :]
+    with pytest.raises(ModelFileError) as info:
+        _convert(raw, "model.pt", tmp_path / "draft.safetensors", True)
+    assert info.value.notes["why"] == "it names os.system"
+
+
+def test_objects_of_old_python_are_left_out(tmp_path: Path) -> None:
+    from kdsurgeon.checkpoints.conversion import _convert
+
+    old = b"(" + named("models", "OldStyle") + b"o}U\1xK\1sb"  # with a string of bytes as a name
+    raw = checkpoint(tensor_pickle(16, "4", "1")[:-2] + b"s" + text("old") + old + b"s.")
+    draft = tmp_path / "draft.safetensors"
+    assert _convert(raw, "model.pt", draft, True)["dropped"] == ["entry 'old'", "models.OldStyle"]
+    assert set(checkpoints.read_tensors(draft)) == {"weight"}
+
+
+@pytest.mark.parametrize("opcode", [b"\x82\x01", b"}2a", b"P0\n"])
+def test_convert_knows_no_opcode_that_torch_does_not_write(tmp_path: Path, opcode: bytes) -> None:
+    from kdsurgeon.checkpoints.conversion import _convert
+
+    with pytest.raises(ModelFileError) as info:
+        _convert(checkpoint(b"\x80\x02" + opcode + b"."), "m.pt", tmp_path / "draft", True)
+    assert info.value.notes["why"].startswith("opcode ")
+
+
+def test_a_trusted_file_that_needs_an_absent_module_says_which(tmp_path: Path) -> None:
+    raw = checkpoint(b"\x80\x02" + named("absent_module_xyz", "Net") + b")R.")
+    path = tmp_path / "model.pt"
+    path.write_bytes(raw)
+    with pytest.raises(ModelFileError, match='needs the module "absent_module_xyz"') as info:
+        checkpoints.read_model(path, trust=[hashlib.sha256(raw).hexdigest()])
+    assert info.value.notes["fix"].startswith("run from the folder that holds it")
 
 
 def test_archives_of_arrays_with_pickles_are_refused(tmp_path: Path, watch: Watch) -> None:

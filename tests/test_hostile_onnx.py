@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import doctest
+import errno
 import gzip
 import io
 import json
@@ -38,6 +39,7 @@ from kdsurgeon.cli import main
 from kdsurgeon.errors import ModelFileError, ResourceError, SurgeonError
 from kdsurgeon.exporting import (
     accuracy,
+    beside,
     gate,
     latency,
     parity,
@@ -446,7 +448,9 @@ def test_the_watch_sees_what_the_runtime_reads_by_itself(
     place.clear()
 
 
-def test_weights_beside_the_model_are_read_and_give_the_same_logits(place: Place) -> None:
+def test_weights_beside_the_model_are_read_and_give_the_same_logits(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (place.folder / "weights.bin").write_bytes(bytes(7) + WEIGHT.tobytes() + bytes(5))
     place.file.write_bytes(outside("weights.bin", offset="7", length=str(WEIGHT.nbytes)))
     images = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -459,7 +463,47 @@ def test_weights_beside_the_model_are_read_and_give_the_same_logits(place: Place
     whole = file.whole()
     assert np.array_equal(numpy_helper.to_array(whole.graph.initializer[0]), WEIGHT)
     assert not whole.graph.initializer[0].external_data
+    monkeypatch.setattr(gate, "MAX_FILE", file.size - 1)
+    with pytest.raises(ResourceError, match="with its weights is too large for one piece"):
+        file.whole()
     place.clear()
+
+
+@pytest.mark.parametrize("name", ["x.onnx", "weights.bin"])
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "cannot be read"),
+        (MemoryError(), "does not fit into memory"),
+    ],
+    ids=["disk", "memory"],
+)
+def test_a_fault_of_the_machine_is_not_taken_for_damage(
+    name: str, fault: Exception, told: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place.folder / "weights.bin").write_bytes(WEIGHT.tobytes())
+    place.file.write_bytes(outside("weights.bin"))
+    real = beside.opened
+
+    class Failing(io.FileIO):
+        def read(self, *_: object) -> bytes:
+            raise fault
+
+    def opens(path: Path, *more: object, **options: object) -> object:
+        with real(path, *more, **options) as file:  # type: ignore[arg-type]
+            return (Failing if path.name == name else io.FileIO)(os.dup(file.fileno()))
+
+    monkeypatch.setattr(gate, "opened", opens)
+    monkeypatch.setattr(beside, "opened", opens)
+    with pytest.raises(ResourceError, match=f"{name} {told}") as caught:
+        read_onnx(place.file)
+    assert caught.value.exit_code == 6
+    place.clear()
+
+
+def test_a_name_that_no_file_can_have_is_refused() -> None:
+    with pytest.raises(ModelFileError, match=r"'x\\x00\.onnx' is not a file name"):
+        read_onnx("x\0.onnx")
 
 
 # --- descriptions of outside weights that do not hold ---------------------------------------------
@@ -729,6 +773,9 @@ SIZES: dict[str, bytes] = {
     "Resize by scales": summed(
         node("Resize", "input", "", "s"), number("s", 1, 1, 1e9, 1e9, kind=np.float32)
     ),
+    "Resize by NaN": summed(
+        node("Resize", "input", "", "s"), number("s", 1, 1, float("nan"), 1, kind=np.float32)
+    ),
     "Resize by infinity": summed(
         node("Resize", "input", "", "s"), number("s", 1, 1, float("inf"), 1, kind=np.float32)
     ),
@@ -754,6 +801,22 @@ SIZES: dict[str, bytes] = {
         node("ConstantOfShape", "s"),
         helper.make_node("ReduceSum", ["big"], ["scores"], keepdims=0),
     ),
+    "a whole number in an attribute": with_nodes(
+        helper.make_node("Constant", [], ["s"], value_int=HUGE),
+        node("HannWindow", "s"),
+        helper.make_node("ReduceSum", ["big"], ["scores"], keepdims=0),
+    ),
+    "a tensor in an attribute": with_nodes(
+        helper.make_node("Constant", [], ["s"], value=number("", HUGE)),
+        node("ConstantOfShape", "s"),
+        helper.make_node("ReduceSum", ["big"], ["scores"], keepdims=0),
+    ),
+    "a fraction in an attribute": with_nodes(
+        helper.make_node("Constant", [], ["b"], value_float=1e30),
+        node("Range", "a", "b", "c"),
+        helper.make_node("ReduceSum", ["big"], ["scores"], keepdims=0),
+        tensors=[scalar("a", 0, np.float32), scalar("c", 1, np.float32)],
+    ),
     "an input said to be huge": model(shape=["b", 1, 1 << 30, 1 << 30]).SerializeToString(),
     "an input of negative size": model(shape=["b", 1, -4, 4]).SerializeToString(),
     "an input of 100 axes": model(shape=["b"] + [1] * 100).SerializeToString(),
@@ -762,6 +825,24 @@ SIZES: dict[str, bytes] = {
             m.graph.initializer[0].ClearField("raw_data"),
             m.graph.initializer[0].dims.extend([1 << 62, 0]),
         )
+    ),
+}
+
+# Sizes within the bounds, and numbers that are no sizes; what each adds to the logits.
+SOUND: dict[str, tuple[bytes, float]] = {
+    "Range": (
+        summed(
+            node("Range", "a", "b", "c"),
+            *(scalar(n, v, np.float32) for n, v in zip("abc", (0, 4, 1), strict=True)),
+        ),
+        6,
+    ),
+    "a long constant": (
+        with_nodes(
+            helper.make_node("Constant", [], ["many"], value_floats=[2.0] * 65),
+            helper.make_node("ReduceSum", ["many"], ["scores"], keepdims=0),
+        ),
+        130,
     ),
 }
 
@@ -795,6 +876,61 @@ COMPUTED: dict[str, bytes] = {
 def test_absurd_sizes_are_refused(name: str, place: Place, refused: Callable[..., str]) -> None:
     place.file.write_bytes(SIZES[name])
     assert re.search("absurd size|said to be|is not one", refused())
+
+
+@pytest.mark.parametrize("name", list(SOUND))
+def test_sizes_within_the_bounds_are_computed(name: str, place: Place) -> None:
+    content, more = SOUND[name]
+    place.file.write_bytes(content)
+    (found,) = session(place.file, threads=1).run(None, {"input": np.zeros((2, 1, 4, 4), "f4")})
+    assert np.array_equal(found, np.full((2, 3), more, "f4"))
+    place.clear()
+
+
+@pytest.mark.parametrize(
+    "constant",
+    [
+        helper.make_tensor("s", TensorProto.COMPLEX64, [2], [1 + 1j, 1e30]),
+        TensorProto(name="s", data_type=TensorProto.FLOAT16, dims=[1], int32_data=[1 << 30]),
+    ],
+    ids=["complex", "beyond its type"],
+)
+def test_numbers_that_are_no_sizes_are_read_without_a_warning(
+    constant: TensorProto, place: Place
+) -> None:
+    place.file.write_bytes(model(tensors=[constant]).SerializeToString())
+    assert read_onnx(place.file).model.graph.initializer[1] == constant
+    place.clear()
+
+
+UNKNOWN: dict[str, tuple[int, list]] = {
+    "text": (TensorProto.STRING, ["b", 1]),
+    "one number": (TensorProto.FLOAT, []),
+    "free sizes": (TensorProto.FLOAT, ["b", "length"]),
+}
+
+
+@pytest.mark.parametrize("name", list(UNKNOWN))
+def test_a_file_of_whose_inputs_no_sample_can_be_made_is_opened_untried(
+    name: str, place: Place
+) -> None:
+    kind, shape = UNKNOWN[name]
+    more = helper.make_tensor_value_info("more", kind, shape)
+    place.file.write_bytes(changed(lambda m: m.graph.input.append(more)))
+    run = session(place.file, threads=1)
+    assert [given.name for given in run.get_inputs()] == ["input", "more"]
+    place.clear()
+
+
+def test_an_input_larger_than_the_memory_is_found_by_trial(place: Place) -> None:
+    made = model(shape=["b", 1, 1 << 16, 1 << 16])
+    made.graph.node.insert(0, helper.make_node("GlobalAveragePool", ["input"], ["small"]))
+    made.graph.node[1].input[0] = "small"
+    made.graph.initializer[0].CopyFrom(numpy_helper.from_array(WEIGHT[:1], "weight"))
+    place.file.write_bytes(made.SerializeToString())
+    with pytest.raises(ModelFileError, match=r"(?s)cannot run one.*it takes too much memory"):
+        session(place.file)
+    place.clear()
 
 
 @pytest.mark.parametrize("name", list(COMPUTED))
@@ -844,6 +980,15 @@ def test_a_model_that_ends_the_process_that_tries_it_out_is_refused(
     dies.write_text("raise SystemExit(7)")  # without reading what it is given
     with pytest.raises(ModelFileError, match=r"(?s)ended the process.*code 7"):
         session(place.file)
+
+
+def test_a_file_of_ours_that_cannot_run_is_refused_too(place: Place) -> None:
+    place.file.write_bytes(RUNTIME["an unknown operator"])
+    gate.vouch(place.file)
+    with pytest.raises(ModelFileError, match="is not a model that ONNX Runtime can run") as caught:
+        session(place.file)
+    assert "Convolve" in caught.value.notes["why"]
+    place.clear()
 
 
 def test_a_file_is_tried_out_once_and_one_of_ours_not_at_all(

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -52,6 +53,16 @@ def test_the_newest_two_checkpoints_are_kept(run):
 def test_saving_the_same_step_again_replaces_it(run):
     save(run, 1, 1)
     assert run.latest_checkpoint()[0].state["training"]["step"] == 1
+
+
+def test_a_step_is_replaced_where_a_killed_process_left_its_predecessor(run):
+    save(run, 1)
+    path = run.path / "checkpoints" / "step-000001"
+    shutil.copytree(path, path.with_name("step-000001.old"))
+    values = {"student": {"weight": torch.zeros(6)}}
+    run.save_checkpoint(1, values, {"training": {"step": 1, "again": True}})
+    assert names(run) == ["step-000001"]
+    assert run.latest_checkpoint()[0].state["training"]["again"]
 
 
 def damage_byte(path: Path) -> None:
@@ -189,6 +200,25 @@ def test_verify_notices_a_change_of_any_byte(run, byte):
         read_checkpoint(path)
 
 
+FAULTS = {
+    errno.EIO: (ModelFileError, "cannot be read"),
+    errno.EACCES: (ResourceError, "may not be read: Permission denied"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=errno.errorcode.get)
+def test_verify_names_the_file_that_the_disk_does_not_give(run, monkeypatch, fault):
+    path = run.save_checkpoint(1, TENSORS, {})
+
+    def failing(*_):
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(runs.hashlib, "file_digest", failing)
+    kind, told = FAULTS[fault]
+    with pytest.raises(kind, match=rf"step-000001/optimizer\.safetensors {told}"):
+        verify(path)
+
+
 def test_the_record_names_versions_and_command_but_no_host_or_user():
     record = environment(["kdsurgeon", "distill"])
     assert record["command"] == ["kdsurgeon", "distill"]
@@ -217,6 +247,12 @@ def test_the_record_names_the_commit_around_and_whether_files_differ_from_it(tmp
     assert environment([])["git"] == {"commit": wanted, "changed": False}
     file.write_text("two")
     assert environment([])["git"] == {"commit": wanted, "changed": True}
+
+
+def test_the_record_says_which_packages_are_missing(monkeypatch):
+    monkeypatch.setattr(runs, "_RECORDED_PACKAGES", ("torch", "a-package-that-is-not-there"))
+    packages = environment([])["packages"]
+    assert packages == {"torch": torch.__version__, "a-package-that-is-not-there": None}
 
 
 def test_checkpoints_are_ordered_by_their_number_not_their_name(run):
@@ -273,6 +309,36 @@ def test_which_is_every_nth_does_not_depend_on_where_the_run_was_resumed(run):
         again.latest_checkpoint()
         save(again, 3, 4, 5, 6)
         assert "step-000003" in names(again)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_removed(run, monkeypatch):
+    save(run, 1, 2)
+    read = Path.read_bytes
+
+    def refusing(path):
+        return forbidden() if "step-000001" in str(path) else read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refusing)
+    save(run, 3, 4)
+    assert names(run) == ["step-000001", "step-000003", "step-000004"]
+
+
+def test_a_checkpoint_whose_manifest_is_damaged_makes_way_for_new_ones(run):
+    save(run, 1, 2)
+    damage_byte(run.path / "checkpoints" / "step-000001" / "MANIFEST.json")
+    save(run, 3)
+    assert names(run) == ["step-000002", "step-000003"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_told_in_the_log_and_the_run_goes_on(
+    run, monkeypatch
+):
+    save(run, 1, 2)
+    monkeypatch.setattr(shutil, "rmtree", forbidden)
+    save(run, 3)
+    log = (run.path / "train.log").read_text()
+    assert "step-000001 could not be removed: Operation not permitted" in log
+    assert run.latest_checkpoint()[0].state["training"]["step"] == 3
 
 
 def test_the_checkpoint_that_a_run_went_on_from_stays(run):
@@ -333,6 +399,16 @@ def test_leftovers_of_every_kind_are_removed_at_the_next_start(run):
     run.close()
     with Run.resume(run.path):
         assert [name for name in leftovers if (run.path / name).exists()] == []
+
+
+def test_a_leftover_that_cannot_be_removed_is_named_and_the_folder_set_free(run, monkeypatch):
+    (run.path / ".config.yaml.77.tmp").write_bytes(b"half")
+    run.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", forbidden)
+        with pytest.raises(ResourceError, match="cannot be written: Operation not permitted"):
+            Run.resume(run.path)
+    Run.resume(run.path).close()
 
 
 def test_a_folder_with_checkpoints_and_without_settings_is_not_begun_anew(run):
@@ -398,7 +474,7 @@ def test_a_full_disk_is_told_with_file_need_and_room(run, monkeypatch):
     with pytest.raises(ResourceError, match="step-000002 cannot be written: No space") as caught:
         save(run, 2)
     notes = caught.value.notes
-    assert re.fullmatch(r"the checkpoint needs 1 kB, [\d,]+ [kM]B are free", notes["room"])
+    assert re.fullmatch(r"the weights alone take 1 kB, [\d,]+ [kM]B are free", notes["room"])
     assert notes["kept"] == "step-000001 is intact"
 
 
@@ -410,6 +486,19 @@ def test_an_unreadable_checkpoint_is_not_taken_for_a_damaged_one(run, monkeypatc
 
     monkeypatch.setattr(runs, "read_once", refused)
     with pytest.raises(ResourceError, match="may not be read: Permission denied"):
+        run.latest_checkpoint()
+
+
+def test_a_checkpoint_that_does_not_fit_into_memory_is_not_taken_for_a_damaged_one(
+    run, monkeypatch
+):
+    save(run, 1, 2)
+
+    def too_large(path):
+        raise ResourceError(f"{path} does not fit into memory.") from MemoryError()
+
+    monkeypatch.setattr(runs, "read_once", too_large)
+    with pytest.raises(ResourceError, match=r"step-000002.* does not fit into memory"):
         run.latest_checkpoint()
 
 
@@ -467,6 +556,14 @@ def test_metrics_that_do_not_reach_the_checkpoint_are_damaged(run, left):
         run.rewind(run.latest_checkpoint()[0])
 
 
+def test_metrics_that_cannot_be_read_stop_the_run(run):
+    save(run, 1)
+    (run.path / "metrics.jsonl").mkdir()
+    with pytest.raises(ModelFileError, match=r"metrics\.jsonl cannot be read") as caught:
+        run.rewind(run.latest_checkpoint()[0])
+    assert caught.value.notes["why"] == "Is a directory"
+
+
 def test_an_ended_run_is_sealed_and_going_on_with_it_breaks_the_seal(run):
     save(run, 1)
     run.seal()
@@ -497,13 +594,14 @@ def test_a_seal_that_cannot_be_broken_stops_the_run(run, monkeypatch):
     save(run, 1)
     run.seal()
 
-    def refuse(self, missing_ok=False):
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(self))
-
-    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "unlink", forbidden)
     with pytest.raises(ResourceError, match="cannot be written: Operation not permitted"):
         run.add_metrics({"epoch": 2})
     assert not (run.path / "metrics.jsonl").exists()
+
+
+def forbidden(*_, **__):
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 def test_a_disk_that_locks_nothing_is_refused(tmp_path, monkeypatch):
@@ -514,3 +612,12 @@ def test_a_disk_that_locks_nothing_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ResourceError, match="cannot be locked: No locks available") as caught:
         Run.create(tmp_path / "run")
     assert "another disk" in caught.value.notes["fix"]
+
+
+def test_a_folder_whose_lock_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "ftruncate", _no_space)
+    with pytest.raises(ResourceError, match=r"\.lock cannot be written: No space left") as caught:
+        Run.create(tmp_path / "run")
+    assert "are free there" in caught.value.notes["room"]
+    monkeypatch.undo()
+    Run.create(tmp_path / "run").close()

@@ -318,6 +318,52 @@ def test_a_stone_that_the_plan_lacks_is_refused():
         synthesize(planned(), depths=(7,))
 
 
+def test_a_stone_that_was_not_built_is_refused_with_those_that_were():
+    stones = synthesize(planned(), depths=(1,))
+    with pytest.raises(UsageError, match="there is no stone of depth 2") as caught:
+        stones(models.images(2), depths=(1, 2))
+    assert caught.value.notes["known"] == "1"
+
+
+class Words(nn.Module):
+    """Token ids in; places are added before every layer, for as many samples as there are ids.
+
+    Where it is ``masked``, the ids say after every layer which tokens count.
+    """
+
+    def __init__(self, width, *, masked=False):
+        super().__init__()
+        self.masked = masked
+        self.embedding = nn.Embedding(20, width)
+        self.place = nn.Parameter(torch.randn(1, 6, width))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.head = nn.Linear(width, models.CLASSES)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x + self.place.expand(len(ids), -1, -1)).relu()
+            x = x * (ids > 0)[..., None] if self.masked else x
+        return self.head(x.mean(1))
+
+
+def test_tails_that_read_the_number_of_samples_from_the_ids_can_be_merged():
+    ids = torch.arange(30).view(5, 6) % 20
+    plan = partition(Words(16), Words(8), ids[:2])
+    merged, looped = (synthesize(plan, merge=merge)(ids).stones for merge in (True, False))
+    assert merged.shape == (3, 5, models.CLASSES)
+    torch.testing.assert_close(merged, looped)
+
+
+def test_tails_that_read_a_mask_of_the_ids_are_looped():
+    ids = torch.arange(30).view(5, 6) % 20
+    plan = partition(Words(16, masked=True), Words(8, masked=True), ids[:2])
+    with pytest.raises(PlanError, match="cannot be merged") as caught:
+        synthesize(plan, merge=True)
+    assert caught.value.notes["where"] == "mul_1"  # the first behind a boundary
+    assert synthesize(plan)(ids).stones.shape == (3, 5, models.CLASSES)
+
+
 def test_a_teacher_that_mixes_samples_is_looped_and_never_merged():
     teacher = models.make("chain", seed=1)
     for module in teacher.modules():
@@ -789,6 +835,34 @@ class Tokens(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x)[:, 0])
+
+
+class CallsAPart(Tokens):
+    """A part of a layer is called once more by itself."""
+
+    def forward(self, x):
+        return super().forward(x) + self.head(self.blocks[0].norm1(self.patch(x).mean((2, 3))))
+
+
+def test_a_layer_of_which_a_part_is_called_too_is_certified():
+    plan = partition(CallsAPart(), CallsAPart(), models.images(2))
+    assert_no_gap(certify(plan))
+    targets = synthesize(plan).teacher.by_target
+    assert {"blocks.0", "blocks.0.norm1"} <= set(targets)
+
+
+def test_a_layer_of_two_names_stays_one_in_the_frozen_teacher():
+    teacher = Tokens()
+    for block in teacher.blocks:
+        block.norm2 = block.norm1
+    plan = partition(teacher, models.make("residual"), models.images(2))
+    assert_no_gap(certify(plan))
+    stones = synthesize(plan)
+    assert teacher.blocks[0].norm1.weight.device.type == "cpu"  # the teacher keeps its weights
+    twin = stones.double().teacher.by_target["blocks.1"]
+    assert twin.norm1 is twin.norm2 is not teacher.blocks[1].norm1
+    assert twin.norm1.weight.dtype == torch.float64
+    assert teacher.blocks[1].norm1.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def _wide(extra: bytes, size: int, packed: int, offset: int) -> tuple[int, int, 
 
 def _body(raw: bytes, offset: int, label: bytes, flags: int, method: int) -> int:
     """Where a record's bytes start, after its local header was held against the directory."""
-    if offset > len(raw):
+    if offset + _LOCAL.size > len(raw):
         raise _Broken(f'record "{_text(label)}" lies outside of the file')
     local = _LOCAL.unpack_from(raw, offset)
     start = offset + _LOCAL.size

@@ -71,10 +71,13 @@ def _array(record: Record, raw: bytes, name: str) -> np.ndarray:
             fix="store numbers: images as uint8, labels as int64",
         )
     start = stream.tell()
-    if dtype.itemsize * math.prod(shape) != len(data) - start or any(n < 0 for n in shape):
-        raise _damaged(record, name, f"its shape {shape} does not fit its content")
-    flat = np.frombuffer(data, dtype, offset=start) if dtype.itemsize else np.empty(0, dtype)
-    return flat.reshape(shape, order="F" if is_fortran else "C").copy()
+    try:
+        if dtype.itemsize * math.prod(shape) != len(data) - start:
+            raise ValueError("more or fewer bytes")
+        flat = np.frombuffer(data, dtype, offset=start)
+        return flat.reshape(shape, order="F" if is_fortran else "C").copy()
+    except (TypeError, ValueError) as error:  # a side is negative, no number or beyond reach
+        raise _damaged(record, name, f"its shape {shape} does not fit its content") from error
 
 
 def _unpack(record: Record, raw: bytes, name: str) -> bytes:

@@ -223,7 +223,7 @@ def _convert(raw: bytes, name: str, draft: Path, drop: bool) -> dict[str, Any]:
 
 def _open(
     raw: bytes, kind: str, name: str, drop: bool
-) -> tuple[Any, Callable[[Storage], bytearray], list[str]]:
+) -> tuple[Any, Callable[[Storage], memoryview], list[str]]:
     """Plain data, a way to a storage's bytes, and the names that were not followed."""
     if kind == "legacy":
         return _open_legacy(raw, name, drop)
@@ -238,16 +238,16 @@ def _open(
     check_storages(content, records, name)
     bodies = {record.name.partition("/")[2]: record for record in records}
 
-    def numbers(storage: Storage) -> bytearray:
+    def numbers(storage: Storage) -> memoryview:
         record: Record = bodies[f"data/{storage.key}"]
-        return bytearray(record.body(raw))
+        return record.body(raw)
 
     return content, numbers, unknown
 
 
 def _open_legacy(
     raw: bytes, name: str, drop: bool
-) -> tuple[Any, Callable[[Storage], bytearray], list[str]]:
+) -> tuple[Any, Callable[[Storage], memoryview], list[str]]:
     """The format of torch before 1.6: five pickles, then each storage behind its length."""
     stream = io.BytesIO(raw)
     _, _, system = (interpret(stream, name) for _ in range(3))
@@ -270,7 +270,7 @@ def _open_legacy(
         place = places[key][1]
     if place != len(raw) or set(kinds) - set(places):
         raise ModelFileError(f"{name} is damaged: it is cut off.", fix="copy or download it again")
-    return content, lambda storage: bytearray(raw[slice(*places[storage.key])]), unknown
+    return content, lambda storage: memoryview(raw)[slice(*places[storage.key])], unknown
 
 
 def _unknown(stream: io.BytesIO, name: str, drop: bool) -> list[str]:
@@ -339,10 +339,10 @@ def _only_tensors(
     return {key: value for key, value in state.items() if key not in strangers}
 
 
-def _tensor(view: View, numbers: Callable[[Storage], bytearray]) -> Tensor:
+def _tensor(view: View, numbers: Callable[[Storage], memoryview]) -> Tensor:
     """The tensor that a view describes, on a storage of its own."""
     if 0 in view.size:
         return torch.empty(view.size, dtype=view.dtype)
-    body = numbers(view.storage)
-    flat = torch.frombuffer(body, dtype=view.dtype, count=len(body) // view.dtype.itemsize)
-    return flat.as_strided(view.size, view.stride, view.offset)
+    width = view.dtype.itemsize
+    body = bytearray(numbers(view.storage)[view.offset * width : view.end * width])
+    return torch.frombuffer(body, dtype=view.dtype).as_strided(view.size, view.stride)

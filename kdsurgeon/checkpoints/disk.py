@@ -23,7 +23,10 @@ def read_once(path: Path) -> bytes:
     :class:`ResourceError` when it may not be read or does not fit into memory.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ModelFileError(f"{path} is not a regular file.", fix="give a model file")
+            return file.read()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelFileError(f"{path} does not exist.", fix="check the path") from error
     except IsADirectoryError as error:
@@ -32,17 +35,15 @@ def read_once(path: Path) -> bytes:
         raise ModelFileError(f"{str(path)!r} is not a file name.") from error
     except OSError as error:
         raise _no_access(path, "read", error) from error
-    try:
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ModelFileError(f"{path} is not a regular file.", fix="give a model file")
-            return file.read()
-    except OSError as error:
-        raise _no_access(path, "read", error) from error
     except MemoryError as error:
         raise ResourceError(
             f"{path} does not fit into memory.", fix="use a machine with more memory"
         ) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opening a pipe does not wait for who writes into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:

@@ -143,11 +143,11 @@ def _is_pickle(raw: bytes) -> bool:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(raw))):
             if opcode.name in ("GLOBAL", "INST"):
                 named = named or re.fullmatch(r"[\w.]+ [\w.]+", str(argument)) is not None
-            if opcode.name == "STOP" or step > 1000:
-                return named or raw[0] == 0x80
+            if step > 1000:
+                break
     except Exception:  # pickletools raises whatever the bytes make it raise; it runs nothing
-        return named or raw[0] == 0x80
-    return False
+        pass
+    return named or raw[0] == 0x80
 
 
 def kind_of_zip(names: Iterable[str]) -> str:

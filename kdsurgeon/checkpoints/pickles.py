@@ -79,6 +79,14 @@ class View:
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
+    @property
+    def end(self) -> int:
+        """One behind the last element that is touched; 0 for an empty tensor."""
+        if 0 in self.size:
+            return 0
+        steps = zip(self.size, self.stride, strict=True)
+        return self.offset + sum((size - 1) * stride for size, stride in steps) + 1
+
 
 @dataclass(eq=False)
 class Dropped:
@@ -166,10 +174,9 @@ class _Machine:
         for step, (opcode, argument, place) in enumerate(pickletools.genops(stream)):
             if step > max_steps or (place or 0) - start > MAX_PICKLE:
                 raise self._refuse("it is too long")
-            if opcode.name == "STOP":
-                return self.stack.pop()
-            self.step(opcode.name, argument)
-        raise self._refuse("it has no end")
+            if opcode.name != "STOP":
+                self.step(opcode.name, argument)
+        return self.stack.pop()
 
     def step(self, opcode: str, argument: Any) -> None:
         stack, memo = self.stack, self.memo
@@ -233,36 +240,29 @@ class _Machine:
                 raise self._refuse(f"opcode {opcode}")
 
     def step_dropping(self, opcode: str, argument: Any) -> None:
-        """The opcodes of newer protocols and of general objects."""
+        """The opcodes of other protocols and of general objects; 0 has no word for a tensor."""
         stack = self.stack
         match opcode:
-            case "INT" | "LONG" | "LONG4" | "FLOAT" | "BINUNICODE8" | "SHORT_BINUNICODE":
+            case "INT" | "LONG" | "LONG4" | "BINUNICODE8" | "SHORT_BINUNICODE":
                 stack.append(argument)
-            case "UNICODE" | "STRING" | "BINSTRING" | "SHORT_BINSTRING":
+            case "BINSTRING" | "SHORT_BINSTRING":
                 stack.append(argument)
             case "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
                 stack.append(argument)
-            case "PUT":
-                self.memo[int(argument)] = stack[-1]
-            case "GET":
-                stack.append(self.memo[int(argument)])
             case "MEMOIZE":
                 self.memo[len(self.memo)] = stack[-1]
             case "EMPTY_SET":
                 stack.append(Dropped("builtins.set"))
-            case "DICT" | "LIST" | "FROZENSET":
+            case "FROZENSET":
                 items = self.above_mark()
-                made: Any = {} if opcode == "DICT" else []
-                self.fill(made, items) if opcode == "DICT" else self.extend(made, items)
-                self.stack.append(Dropped("frozenset") if opcode == "FROZENSET" else made)
+                self.stack.append(Dropped("builtins.frozenset", items=items))
             case "ADDITEMS":
-                self.above_mark()
+                items = self.above_mark()
+                self.extend(self.stack[-1], items)
             case "POP":
                 stack.pop()
             case "POP_MARK":
                 self.above_mark()
-            case "DUP":
-                stack.append(stack[-1])
             case "STACK_GLOBAL":
                 module, attribute = stack[-2:]
                 stack[-2:] = [self.named(f"{module}.{attribute}")]
@@ -273,10 +273,9 @@ class _Machine:
                 del stack[-1]
                 arguments = stack.pop()
                 stack.append(self.call(stack.pop(), arguments))
-            case "OBJ" | "INST":
+            case "OBJ":
                 items = self.above_mark()
-                made = items[0].name if opcode == "OBJ" else argument.replace(" ", ".", 1)
-                self.stack.append(Dropped(made))
+                self.stack.append(Dropped(items[0].name))
             case _:
                 raise self._refuse(f"opcode {opcode}")
 
@@ -393,7 +392,7 @@ class _Machine:
             raise self._refuse("a tensor whose shape and strides disagree")
         window = View(storage, dtype, offset, size, stride)
         room = storage.count * storage.dtype.itemsize
-        if max(math.prod(size), _end(window)) * dtype.itemsize > room:
+        if max(math.prod(size), window.end) * dtype.itemsize > room:
             raise self._refuse(f"a tensor of shape {size} that lies outside of its storage")
         return window
 
@@ -403,7 +402,9 @@ class _Machine:
         return data
 
     def device(self, *parts: Any) -> str:
-        return ":".join(str(part)[:20] for part in parts[:2])
+        if not all(isinstance(part, str | int) for part in parts):
+            raise self._refuse("a device that is not one")
+        return ":".join(map(str, parts))
 
     makers: ClassVar[dict[str, Callable[..., Any]]] = {
         "collections.OrderedDict": mapping,
@@ -423,14 +424,6 @@ class _Machine:
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
-
-
-def _end(view: View) -> int:
-    """One behind the last element that a view touches; 0 for an empty one."""
-    if 0 in view.size:
-        return 0
-    steps = zip(view.size, view.stride, strict=True)
-    return view.offset + sum((size - 1) * stride for size, stride in steps) + 1
 
 
 def storages_in(value: Any) -> Iterator[Storage]:

@@ -79,8 +79,13 @@ def read(file: BinaryIO, name: str, most: int) -> bytes:
     size = os.fstat(file.fileno()).st_size
     if size > most:
         raise ModelFileError(f"{name} has {size:,} bytes; an ONNX file has at most {most:,}.")
+    return _bytes(file, 0, size, name)
+
+
+def _bytes(file: BinaryIO, start: int, count: int, name: str) -> bytes:
     try:
-        return file.read(most)
+        file.seek(start)
+        return file.read(count)
     except MemoryError as error:
         raise ResourceError(
             f"{name} does not fit into memory.", fix="use a machine with more memory"
@@ -165,18 +170,13 @@ def _outside_refused(name: str, place: str, why: str) -> ModelFileError:
 
 def _values(file: BinaryIO, tensor: TensorProto, offset: int, place: str, name: str) -> np.ndarray:
     size = num_bytes(tensor)
-    kind = np.dtype(_NUMPY[tensor.data_type])
-    try:
-        file.seek(offset)
-        raw = file.read(size)
-    except (OSError, ValueError, OverflowError):  # an offset that no file has
-        raw = b""
-    except MemoryError as error:
-        raise ResourceError(f"{name} does not fit into memory.") from error
+    is_there = offset + size <= os.fstat(file.fileno()).st_size
+    raw = _bytes(file, offset, size, place) if is_there else b""
     if len(raw) != size:
         raise ModelFileError(
             f'{name} is damaged: tensor "{printable(tensor.name)}" lies at {offset:,} of {place}, '
             f"which ends before.",
             fix="copy both files again",
         )
+    kind = np.dtype(_NUMPY[tensor.data_type])
     return np.frombuffer(raw, kind, num_elements(tensor)).reshape(tensor.dims)

@@ -82,7 +82,11 @@ class OnnxFile:
         Raises :class:`ResourceError` when that is more than one model may hold.
         """
         if self.size > MAX_FILE:
-            raise ResourceError(f"{self.path.name} with its weights is too large for one piece.")
+            raise ResourceError(
+                f"{self.path.name} with its weights is too large for one piece.",
+                why=f"it has {self.size:,} bytes, and one message of protobuf holds {MAX_FILE:,}",
+                fix="leave out --int8 and OpenVINO, which take it as one; --half halves it",
+            )
         model = ModelProto()
         model.CopyFrom(self.model)
         for tensor in model.graph.initializer:

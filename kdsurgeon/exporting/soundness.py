@@ -53,6 +53,10 @@ _KNOWN = dict(TensorProto.DataType.items())  # of the onnx at hand, which may la
 BITS: dict[int, int] = {_KNOWN[kind]: bits for kind, bits in _BITS.items() if kind in _KNOWN}
 _FIELDS = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 
+_COUNTS = {  # types in which an operator is told a size
+    *(TensorProto.FLOAT, TensorProto.DOUBLE),
+    *(TensorProto.INT16, TensorProto.INT32, TensorProto.INT64),
+}
 # Inputs that say how large the output is, where they are constants.
 _SIZES = {
     **dict.fromkeys(("ConstantOfShape", "HannWindow", "HammingWindow", "BlackmanWindow"), (0,)),
@@ -227,28 +231,23 @@ def _product(numbers: Sequence[float]) -> float:
 
 def _constant(node: NodeProto) -> tuple[float, ...]:
     """The numbers that a Constant gives, in whichever attribute they stand."""
+    found = []
     for attribute in node.attribute:
         if attribute.HasField("t"):
-            return _numbers(attribute.t)
-        for field in ("i", "f"):
-            if attribute.HasField(field):
-                return (getattr(attribute, field),)
-        if len(attribute.ints) + len(attribute.floats) <= MAX_AXES:
-            return (*attribute.ints, *attribute.floats)
-    return ()
+            found += _numbers(attribute.t)
+        found += [getattr(attribute, field) for field in ("i", "f") if attribute.HasField(field)]
+        found += [*attribute.ints, *attribute.floats]
+    return tuple(found) if len(found) <= MAX_AXES else ()
 
 
 def _numbers(tensor: TensorProto) -> tuple[float, ...]:
-    """The numbers of a short constant; none of one that is long, text, or in another file."""
-    if tensor.data_location == TensorProto.EXTERNAL:
+    """The numbers of a short constant; none of one that is long, no size, or in another file."""
+    if tensor.data_location == TensorProto.EXTERNAL or tensor.data_type not in _COUNTS:
         return ()
-    if num_elements(tensor) > MAX_AXES or tensor.data_type == TensorProto.STRING:
+    if num_elements(tensor) > MAX_AXES:
         return ()
-    try:
-        with np.errstate(invalid="ignore"):  # NaN of a short type
-            return tuple(numpy_helper.to_array(tensor).astype(float).ravel().tolist())
-    except (TypeError, ValueError):  # a type that numpy does not know
-        return ()
+    with np.errstate(invalid="ignore"):  # NaN of a short type
+        return tuple(numpy_helper.to_array(tensor).astype(float).ravel().tolist())
 
 
 def _absurd(name: str, node: NodeProto, size: str) -> ModelFileError:

@@ -47,13 +47,11 @@ def _fields(kind: Descriptor) -> dict[int, _Field]:
 
 
 def _field(field: FieldDescriptor) -> _Field:
-    is_repeated = getattr(field, "is_repeated", None)
-    if is_repeated is None:  # protobuf before 31
-        is_repeated = getattr(field, "label") == 3  # noqa: B009
+    is_repeated = field.default_value == []  # what every version of protobuf says alike
     members = field.enum_type and frozenset(value.number for value in field.enum_type.values)
     wire = _NATURAL.get(field.type, _VARINT)
     is_text = field.type == FieldDescriptor.TYPE_STRING
-    return _Field(field.name, wire, bool(is_repeated), is_text, members, field.message_type)
+    return _Field(field.name, wire, is_repeated, is_text, members, field.message_type)
 
 
 def check_wire(raw: bytes, kind: Any) -> None:

@@ -46,8 +46,6 @@ def graft(
 
 
 def _copy(graph: fx.Graph, node: fx.Node, values: Values, prefix: str) -> None:
-    if node in values:
-        return
     if "batch" in node.meta:
         values[node] = _number_of_samples(graph, node.meta["batch"], values)
         return

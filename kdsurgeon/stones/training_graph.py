@@ -210,20 +210,20 @@ class _CleanPass(nn.Module):
 def _aside(inputs: Sequence[Tensor]) -> Iterator[None]:
     """On CUDA, beside what the student computes meanwhile: on a stream of its own."""
     device = inputs[0].device
-    if device.type != "cuda":
+    if device.type == "cuda":  # pragma: no cover - needs CUDA
+        stream = _side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            yield
+        for value in inputs:  # their memory must not be used again before this stream has read it
+            value.record_stream(stream)
+    else:
         yield
-        return
-    stream = _side_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    for value in inputs:  # their memory must not be used again before this stream has read it
-        value.record_stream(stream)
 
 
 def _join(logits: Tensor) -> Tensor:
     """From here on the teacher's logits may be read."""
-    if logits.device.type == "cuda":
+    if logits.device.type == "cuda":  # pragma: no cover - needs CUDA
         current = torch.cuda.current_stream(logits.device)
         current.wait_stream(_side_stream(logits.device))
         logits.record_stream(current)
@@ -231,7 +231,7 @@ def _join(logits: Tensor) -> Tensor:
 
 
 @cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def _side_stream(device: torch.device) -> torch.cuda.Stream:  # pragma: no cover - needs CUDA
     return torch.cuda.Stream(device)
 
 
@@ -461,7 +461,7 @@ def _relocate(graph: fx.Graph, state: dict[str, Any], device: torch.device) -> N
         node.args = map_aggregate(node.args, moved)
         node.kwargs = map_aggregate(node.kwargs, moved)
     for value in state.values():
-        if isinstance(value, Tensor) and value.device != device:
+        if isinstance(value, Tensor) and value.device != device:  # pragma: no cover - needs CUDA
             value.data = value.data.to(device)
 
 
@@ -549,7 +549,7 @@ def _mixes_samples(teacher: Partition) -> str | None:
     """
     whole = teacher.trace
     context = context_inputs(whole, {node: node for node in whole.placeholders})
-    tails = {node for block in teacher.blocks[1:] for node in block.nodes}
+    tails = dict.fromkeys(node for block in teacher.blocks[1:] for node in block.nodes)
     for node in whole.graph_module.graph.nodes:
         if node.op == "call_module" and node in tails:
             own = whole.graph_module.get_submodule(str(node.target))
@@ -560,7 +560,7 @@ def _mixes_samples(teacher: Partition) -> str | None:
                 continue
             context[node] = node
     data = set(activations(whole))
-    for node in tails & data:
+    for node in (each for each in tails if each in data):
         for other in node.all_input_nodes:
             if other in context and other not in data and _has_batch(other):
                 return node.meta["qualname"]

@@ -117,13 +117,18 @@ def call_leaf(
     So no weight or buffer is written to. Hooks before a module's call run, as weight normalisation
     is one; hooks after it do not: nobody who watches the model sees values that are not real.
     """
-    state = [*leaf.named_parameters(), *leaf.named_buffers()]
-    stand_ins = {name: without_data(value) for name, value in state}
+    found: dict[int, Tensor] = {}  # by the tensor: what is tied stays tied
+    stand_ins = {
+        f"{path}.{name}".removeprefix("."): found.setdefault(id(value), without_data(value))
+        for path, module in leaf.named_modules()  # once each, also one of several names
+        for name, value in (*module._parameters.items(), *module._buffers.items())
+        if value is not None
+    }
     args, kwargs = mapped(tuple(args), on_meta), mapped(kwargs, on_meta)
     if isinstance(leaf, nn.RNNBase) and isinstance(args[0], Tensor):
         return _recurrent(leaf, args[0]), stand_ins
     with _without_hooks(leaf):
-        result = torch.func.functional_call(leaf, stand_ins, args, kwargs)
+        result = torch.func.functional_call(leaf, stand_ins, args, kwargs, tie_weights=False)
     return mapped(result, on_meta), stand_ins
 
 
