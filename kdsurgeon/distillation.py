@@ -41,6 +41,7 @@ from kdsurgeon.training import (
     Together,
     TrainingState,
     Trouble,
+    check_batch_norm,
     check_optimizer,
     compiled,
     determinism,
@@ -297,6 +298,7 @@ def prepare(
     )
     one = _few(example, next(student.parameters()).device, 1)
     if recipe.method == "ce":
+        check_batch_norm(student, recipe)
         check_least_part(student, lambda: logits_of(student, one), batches, ranks)
         return _alone(student, batches, recipe, validation, measured, ranks)
     for side, model in ((plan.teacher, teacher), (plan.student, student)):
@@ -310,6 +312,7 @@ def prepare(
         few = target.new_zeros(target.shape)
         load_distance(recipe.loss.distance)(few[None], few, target, recipe.loss.temperature)
     stones = synthesize(plan, depths=chosen_depths(plan, recipe), seed=recipe.seed)
+    check_batch_norm(stones, recipe)
     check_least_part(stones, lambda: stones(one), batches, ranks)
     if recipe.loss.adapter_init == "least-squares" and stones.depths:
         present = next(student.parameters()).device

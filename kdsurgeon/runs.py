@@ -547,6 +547,11 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{folder} has no {MANIFEST}.",
             fix="name a run folder that has ended, or one of its checkpoints",
         ) from error
+    except NotADirectoryError as error:
+        raise ModelFileError(
+            f"{folder} is a file, and no folder with a {MANIFEST}.",
+            fix="name a run folder that has ended, or one of its checkpoints",
+        ) from error
     except OSError as error:
         raise _cannot_read(path, error) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -675,10 +680,11 @@ def _remove(path: Path) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> ResourceError:
+    mend = "make room there" if is_full(error) else "let it be written to"
     return ResourceError(
         f"{path} cannot be written: {error.strerror or error}.",
         room=f"{in_words(free_space(path))} are free there" if is_full(error) else None,
-        fix="make room there and let it be written to, or begin in another folder: --output FOLDER",
+        fix=f"{mend}, or begin in another folder: --output FOLDER",
     )
 
 

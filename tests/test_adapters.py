@@ -238,17 +238,20 @@ def test_building_takes_nothing_from_the_random_state_and_repeats_by_seed():
 
 NAMED = [
     (layout("BCHW", 64, 16, 16), layout("BCHW", 128, 16, 16, rectified=True), "conv",
-     "conv 1×1 64→128 + ReLU"),
-    (layout("BCHW", 64, 16, 16), layout("BCHW", 128, 8, 8), "downsample", "conv 3×3 ÷2 64→128"),
-    (layout("BCHW", 64, 7, 7), layout("BCHW", 128, 4, 4), "downsample", "conv 3×3 ÷2 64→128"),
-    (layout("BCHW", 64, 8, 8), layout("BHWC", 16, 16, 128), "upsample", "deconv 4×4 ×2 64→128"),
+     "conv 1×1 64→128 + BN + ReLU"),
+    (layout("BCHW", 64, 16, 16), layout("BCHW", 128, 8, 8), "downsample",
+     "conv 3×3 ÷2 64→128 + BN"),
+    (layout("BCHW", 64, 7, 7), layout("BCHW", 128, 4, 4), "downsample", "conv 3×3 ÷2 64→128 + BN"),
+    (layout("BCHW", 64, 8, 8), layout("BHWC", 16, 16, 128), "upsample",
+     "deconv 4×4 ×2 64→128 + BN"),
     (layout("BCHW", 64, 14, 14), layout("BCHW", 128, 9, 9), "resize",
-     "resize 9×9, conv 1×1 64→128"),
-    (layout("BCHW", 64, 8, 12), layout("BCHW", 128, 8, 6), "resize", "resize 8×6, conv 1×1 64→128"),
+     "resize 9×9, conv 1×1 64→128 + BN"),
+    (layout("BCHW", 64, 8, 12), layout("BCHW", 128, 8, 6), "resize",
+     "resize 8×6, conv 1×1 64→128 + BN"),
     (layout("BTC", 197, 192, grid=(14, 14), prefix=1), layout("BCHW", 256, 14, 14), "conv",
-     "tokens→map 14×14, conv 1×1 192→256"),
+     "tokens→map 14×14, conv 1×1 192→256 + BN"),
     (layout("BTC", 197, 192, grid=(14, 14), prefix=1), layout("BCHW", 256, 7, 7), "downsample",
-     "tokens→map 14×14, conv 3×3 ÷2 192→256"),
+     "tokens→map 14×14, conv 3×3 ÷2 192→256 + BN"),
     (layout("BCHW", 256, 7, 7), layout("BTC", 196, 192, grid=(14, 14)), "resize",
      "map→tokens 7×7, resize 14×14, linear 256→192"),
     (layout("BCHW", 256, 7, 7), layout("BTC", 50, 192, prefix=1), "linear",
@@ -269,14 +272,14 @@ def test_an_adapter_is_chosen_by_its_grids_and_says_what_it_does(source, target,
 def test_a_limited_adapter_shows_its_factors():
     source, same = layout("BCHW", 64, 8, 8), layout("BCHW", 128, 8, 8)
     half = layout("BCHW", 128, 4, 4, rectified=True)
-    assert str(AdapterSpec("conv", source, same, rank=8)) == "conv 1×1 64→8→128"
+    assert str(AdapterSpec("conv", source, same, rank=8)) == "conv 1×1 64→8→128 + BN"
     assert (
         str(AdapterSpec("downsample", source, half, rank=8))
-        == "depthwise 3×3 ÷2, conv 1×1 64→8→128 + ReLU"
+        == "depthwise 3×3 ÷2, conv 1×1 64→8→128 + BN + ReLU"
     )
     assert (
         str(AdapterSpec("downsample", source, half, rank=64))
-        == "depthwise 3×3 ÷2, conv 1×1 64→128 + ReLU"
+        == "depthwise 3×3 ÷2, conv 1×1 64→128 + BN + ReLU"
     )
 
 
@@ -339,7 +342,7 @@ def test_a_vector_is_spread_over_a_grid_only_by_name():
     with pytest.raises(PlanError, match=r"pooled is a vector: it has no positions for layer4"):
         spec_for(vector, grid)
     spec = AdapterSpec("resize", vector, grid)
-    assert str(spec) == "vector→map 1, resize 3×3, conv 1×1 4→6"
+    assert str(spec) == "vector→map 1, resize 3×3, conv 1×1 4→6 + BN"
     carried = build(spec).eval()(values(vector, 2))
     torch.testing.assert_close(carried, carried[..., :1, :1].expand_as(carried))
 

@@ -1110,12 +1110,23 @@ def test_data_that_cannot_be_used_is_refused(kind, verb, refused):
     refused(arguments, 4, what, fix)
 
 
-def test_corrupt_images_are_named_and_left_out_only_when_allowed(refused, capsys):
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["distill", *PAIR, "--dry-run"],
+        ["eval", "teacher.pt"],
+        ["partition", *PAIR, "--probe", "16"],
+        ["export", "teacher.pt", "x.onnx"],
+    ],
+    ids=lambda line: line[0],
+)
+def test_corrupt_images_are_named_and_left_out_only_when_allowed(line, refused, capsys):
     corrupt_images(Path("data"))
-    arguments = ["distill", "teacher.pt", "student.pt", "--data-dir", "data", "--dry-run"]
+    arguments = [*line, "--data-dir", "data"]
     refused([*arguments, "--max-bad-images", "1"], 4, "class1/0.png", "class2/1.png")
-    main([*arguments, "--max-bad-images", "2"])
+    code = main([*arguments, "--max-bad-images", "2"])
     text = capsys.readouterr().err
+    assert code == (5 if line[0] == "distill" else 0), text  # the teacher knows no noise
     assert "left out class1/0.png" in text and "left out class2/1.png" in text
 
 
@@ -1377,6 +1388,11 @@ def test_a_last_batch_of_one_image_is_refused_before_the_first_step(method, refu
     refused(line, 2, "leaves a process one image", "--batch-size 674, for example")
 
 
+def test_parts_of_a_batch_that_would_change_its_norm_are_refused_before_the_run_begins(refused):
+    line = ["distill", *PAIR, *DIGITS, "--epochs", "1", "--auto-batch", "-o", "parts"]
+    refused(line, 2, "would change what batch normalisation computes", "--auto-batch-norm")
+
+
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(run, refused):
     shutil.rmtree(run / "checkpoints")
     words = "has trained, and its checkpoints are gone"
@@ -1388,6 +1404,7 @@ def test_verify_names_the_file_that_changed(run, refused):
     damage(sorted((run / "checkpoints").iterdir())[-1])
     refused(["verify", run], 3, "student.safetensors is changed")
     refused(["verify", "absent"], 3, "absent has no MANIFEST.json")
+    refused(["verify", "teacher.pt"], 3, "teacher.pt is a file", "name a run folder")
 
 
 def test_int8_that_loses_too_much_is_refused_with_both_figures(refused):

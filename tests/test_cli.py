@@ -281,7 +281,7 @@ def test_a_run_within_a_budget_trains_the_stones_that_its_plan_keeps(tell):
 
 def test_adapters_become_narrower_under_a_limit_and_the_plan_says_so(tell):
     shown = tell("partition", *PAIR, "--adapter-parameters", "1000", "-o", "plan.yaml")
-    assert "conv 1×1 32→4→128 + ReLU" in shown
+    assert "conv 1×1 32→4→128 + BN + ReLU" in shown
     text = Path("plan.yaml").read_text()
     assert "rank: 4" in text
     assert "32→4→128" in tell("partition", *PAIR, "--plan", "plan.yaml", "-o", "again.yaml")

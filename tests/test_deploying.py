@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from kdsurgeon.checkpoints import load_model
 from kdsurgeon.cli import main
@@ -134,6 +134,16 @@ def test_a_few_lines_of_python_classify_as_the_network_does(deployed, answers):
     assert [int(line[1]) for line in lines] == answers.argmax(1).tolist()
     assert len({line[1] for line in lines}) > 4, "they are not all of one class"
     assert [float(line[2]) for line in lines] == pytest.approx(answers.max(1).tolist(), abs=1e-4)
+
+
+def test_a_picture_is_turned_as_kdsurgeon_turns_it(deployed):
+    upright = run_alone(blocks("python")[0], deployed, "student.onnx", "3.png")
+    turned = Image.open(deployed / "3.png").transpose(Image.Transpose.ROTATE_90)
+    marks = Image.Exif()
+    marks[ExifTags.Base.Orientation] = 6  # to be shown turned back
+    turned.save(deployed / "turned.png", exif=marks)
+    found = run_alone(blocks("python")[0], deployed, "student.onnx", "turned.png")
+    assert found.split()[1:] == upright.split()[1:]
 
 
 def test_the_facts_for_javascript_are_those_of_the_file(deployed):

@@ -136,7 +136,7 @@ def test_a_file_of_free_size_is_proved_at_other_sizes(tmp_path: Path) -> None:
     net = Pooled()
     done = export(net, tmp_path / "x.onnx", images(2), form=Form(dynamic_size=True))
     assert done.parity is not None
-    assert done.parity.sizes == ((3, 16, 16), (3, 40, 40), (3, 4, 4))
+    assert done.parity.sizes == ((3, 40, 40), (3, 4, 4), (3, 16, 8), (3, 8, 16))
     (given,) = onnx.load(done.path).graph.input
     names = [dim.dim_param for dim in given.type.tensor_type.shape.dim]
     assert (names[0], names[2], names[3]) == ("batch", "height", "width")
@@ -148,6 +148,22 @@ def test_a_network_of_one_size_has_no_file_of_free_size(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     with pytest.raises(UsageError, match=r"with a free size|takes no size but"):
         export(net, tmp_path / "x.onnx", images(2), form=Form(dynamic_size=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+class Square(Pooled):
+    """Takes images of any size that are as high as they are wide."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        side = x.shape[2]
+        return self.head(x.flatten(2).reshape(x.shape[0], 8, side, side).mean((2, 3)))
+
+
+def test_a_network_of_one_aspect_has_no_file_of_free_height_and_width(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no image of another aspect") as caught:
+        export(Square(), tmp_path / "x.onnx", images(2), form=Form(dynamic_size=True))
+    assert "without --dynamic-size" in caught.value.notes["fix"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kdsurgeon.adapters.spec import AdapterSpec, num_cells
+from kdsurgeon.adapters.spec import AdapterSpec
 from kdsurgeon.layouts import Activation
 
 
@@ -60,7 +60,7 @@ class Adapter(nn.Module):
         self.channels = _channel_map(spec)
         self.after = _after(spec)
         self.prefix = nn.Parameter(torch.zeros(width, 1, missing)) if missing else None
-        self.norm = _norm(spec.target)
+        self.norm = _norm(spec)
         has_shift = isinstance(self.norm, nn.BatchNorm2d)
         self.bias = None if has_shift else nn.Parameter(torch.zeros(width, 1, 1))
         self.activation = nn.ReLU() if spec.target.is_rectified else nn.Identity()
@@ -176,12 +176,9 @@ def smoothing(operation: str) -> Tensor:
     return torch.outer(taps, taps) / 16
 
 
-def _norm(target: Activation) -> nn.Module:
-    if target.kind == "map" and num_cells(target) > 1:
-        return nn.BatchNorm2d(target.channels)
-    if target.kind != "map" and target.is_normalized:
-        return ChannelNorm(target.channels)
-    return nn.Identity()
+def _norm(spec: AdapterSpec) -> nn.Module:
+    kinds = {"BN": nn.BatchNorm2d, "LN": ChannelNorm}
+    return kinds[spec.norm](spec.target.channels) if spec.norm else nn.Identity()
 
 
 class ChannelNorm(nn.LayerNorm):

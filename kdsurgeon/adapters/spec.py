@@ -74,14 +74,20 @@ class AdapterSpec:
         narrow, wide = self.source.channels, self.target.channels
         return self.rank is not None and self.rank * (narrow + wide) < narrow * wide
 
+    @property
+    def norm(self) -> str | None:
+        """Batch or layer normalisation behind the channel map, as the receiver expects it."""
+        if self.target.kind == "map" and num_cells(self.target) > 1:
+            return "BN"
+        return "LN" if self.target.kind != "map" and self.target.is_normalized else None
+
     def __str__(self) -> str:
         if self.operation == "identity":
             return "identity"
         widths = [self.source.channels, *([self.rank] if self.is_factored else ())]
         steps = [*_bridge(self), f"{_name(self)} {'→'.join(map(str, widths))}"]
-        return f"{', '.join(steps)}→{self.target.channels}" + (
-            " + ReLU" if self.target.is_rectified else ""
-        )
+        ends = [self.norm, "ReLU" if self.target.is_rectified else None]
+        return " + ".join([f"{', '.join(steps)}→{self.target.channels}", *filter(None, ends)])
 
 
 def sizes(source: Activation, target: Activation) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -61,7 +61,7 @@ def export_student(
     example = (
         data.val.samples(slice(2))
         if data
-        else inputs.example_for([loaded], wishes.input_size, calib_data)
+        else inputs.example_for([loaded], wishes.input_size, calib_data, wishes.max_bad_images)
     )
     form = form_of(flags, exportee, example)
     calibration, make_int8 = images, None

@@ -44,6 +44,10 @@ Mean = Annotated[
 Std = Annotated[
     str | None, typer.Option("--std", metavar="S,…", help="per channel, of images in 0..1")
 ]
+MaxBadImages = Annotated[
+    int | None,
+    typer.Option("--max-bad-images", metavar="N", min=0, help="unreadable images to allow"),
+]
 Blocks = Annotated[
     str | None, typer.Option("--blocks", metavar="N|auto", help="how many boundaries to plan")
 ]
@@ -108,12 +112,15 @@ def parse_numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
         ) from error
 
 
-def image_wishes(input_size: str | None, mean: str | None, std: str | None) -> DataRecipe:
-    """What three flags say of the images."""
+def image_wishes(
+    input_size: str | None, mean: str | None, std: str | None, max_bad_images: int | None
+) -> DataRecipe:
+    """What four flags say of the images."""
     return DataRecipe(
         input_size=parse_size(input_size),
         mean=parse_numbers(mean, "--mean"),
         std=parse_numbers(std, "--std"),
+        max_bad_images=max_bad_images or 0,
     )
 
 

@@ -49,11 +49,13 @@ def load_pair(
     return first, second
 
 
-def example_for(models: Sequence[Loaded], size: Size | None, data_dir: str | None) -> Tensor:
+def example_for(
+    models: Sequence[Loaded], size: Size | None, data_dir: str | None, max_bad_images: int = 0
+) -> Tensor:
     """An input of the size that the flag, the data, a model file or timm's config names."""
     size = size or _size_of(models)
     if size is None and data_dir is not None:
-        size = data.load(data_dir).train.input_size
+        size = data.load(data_dir, max_bad_images=max_bad_images).train.input_size
     if size is None:
         raise UsageError(
             f"the input size of {models[0].name} is not known.",
@@ -127,10 +129,12 @@ def plan_for(
     return found
 
 
-def probe_images(count: int, source: str, teacher: Loaded, example: Tensor) -> list[Tensor]:
+def probe_images(
+    count: int, source: str, teacher: Loaded, example: Tensor, max_bad_images: int
+) -> list[Tensor]:
     """``count`` training images as large as ``example``, normalised for the teacher, in batches."""
     channels, height, width = example.shape[1:]
-    wishes = DataRecipe(input_size=(channels, height, width))
+    wishes = DataRecipe(input_size=(channels, height, width), max_bad_images=max_bad_images)
     split = load_data(data_settings(source, wishes), teacher.card)
     if count > len(split.train):
         raise UsageError(

@@ -156,6 +156,7 @@ class _Ladder:
     ) -> None:
         self.session, self.stones, self.folder = session, stones, folder
         self.flags, self.tolerance, self.shown_in = flags, tolerance, shown_in
+        self.kept: list[Path] = []
         self.samples = session.split.val.samples()
         self.labels = torch.from_numpy(session.split.val.labels)
 
@@ -164,10 +165,12 @@ class _Ladder:
         plan = self.session.plan
         student, teacher = plan.student.cost, plan.teacher.cost
         files = {"student": output}
+        self.kept = [output]
         scores: dict[str, float | None] = {"student": self._accuracy(output)}
         costs = {"student": (student.parameters, student.multiply_adds)}
         if int8:
             name, path = "student int8", output.with_suffix(".int8.onnx")
+            self.kept.append(path)
             files[name], scores[name], costs[name] = path, self._accuracy(path), costs["student"]
         for depth in sorted(self.stones.depths, reverse=True):
             name = f"stone {depth}"
@@ -201,8 +204,10 @@ class _Ladder:
                 tolerance=self.tolerance,
             )
         except SurgeonError as error:
-            raise type(error)(f"{name}: {error.what}", **error.notes) from error
+            kept = {"kept": ", ".join(str(self.shown_in / each.name) for each in self.kept)}
+            raise type(error)(f"{name}: {error.what}", **(error.notes | kept)) from error
         if name != "teacher":
+            self.kept.append(path)
             say(f"{name:8} {self.shown_in / path.name}, {done.bytes:,} bytes; {done.parity}")
         return done.accuracy
 

@@ -19,6 +19,7 @@ def inspect(
     trust_code: flags.TrustCode = None,
     data_dir: flags.DataDir = None,
     input_size: flags.InputSize = None,
+    max_bad_images: flags.MaxBadImages = None,
     every: Annotated[
         bool, typer.Option("--all", help="every cut point, also where no boundary would be put")
     ] = False,
@@ -31,7 +32,7 @@ def inspect(
 
     size = flags.parse_size(input_size)
     loaded = load_model(model, arch=arch, trust=trust_code or (), flag="--arch")
-    example = example_for([loaded], size, data_dir)
+    example = example_for([loaded], size, data_dir, max_bad_images or 0)
     with handing_over_images():
         captured = trace(loaded.model, example, name=loaded.name)
     out.print(cut_points_table(captured, all=every))
@@ -45,6 +46,7 @@ def partition(
     trust_code: flags.TrustCode = None,
     data_dir: flags.DataDir = None,
     input_size: flags.InputSize = None,
+    max_bad_images: flags.MaxBadImages = None,
     blocks: flags.Blocks = None,
     pair: flags.Pairs = None,
     budget: flags.Budget = None,
@@ -110,7 +112,7 @@ def partition(
     from kdsurgeon.views import draw_plan, explain_table, plan_page, plan_table
 
     pair_of_models = load_pair(teacher, student, teacher_arch, student_arch, trust_code or ())
-    example = example_for(pair_of_models, size, data_dir)
+    example = example_for(pair_of_models, size, data_dir, max_bad_images or 0)
     found = plan_for(
         *pair_of_models,
         example,
@@ -118,7 +120,7 @@ def partition(
         blocks=count,
         pairs=pairs,
         max_adapter_parameters=adapter_parameters,
-        probe=probe_images(probe, data_dir, pair_of_models[0], example)
+        probe=probe_images(probe, data_dir, pair_of_models[0], example, max_bad_images or 0)
         if probe and data_dir
         else None,
     )

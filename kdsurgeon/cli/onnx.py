@@ -37,6 +37,7 @@ def export(
     input_size: flags.InputSize = None,
     mean: flags.Mean = None,
     std: flags.Std = None,
+    max_bad_images: flags.MaxBadImages = None,
     last: Annotated[
         bool, typer.Option("--last", help="a run's student after the last epoch, not its best")
     ] = False,
@@ -106,7 +107,7 @@ def export(
     threads: flags.Threads = 1,
 ) -> None:
     """Write the student as ONNX, prove it equal, measure accuracy, size and latency."""
-    wishes = flags.image_wishes(input_size, mean, std)
+    wishes = flags.image_wishes(input_size, mean, std, max_bad_images)
     outputs = [Output("OUTPUT", output, ".onnx", makes_parents=False)]
     reads = [target, arch, data_dir, calib_data]
     check_outputs(outputs, reads)

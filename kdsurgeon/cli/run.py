@@ -124,7 +124,7 @@ def distill(
         str | None, typer.Option(help="auto, cpu, device: where images are augmented")
     ] = None,
     val_split: Annotated[float | None, typer.Option(help="held out, without a split")] = None,
-    max_bad_images: Annotated[int | None, typer.Option(help="unreadable images to allow")] = None,
+    max_bad_images: flags.MaxBadImages = None,
     mean: flags.Mean = None,
     std: flags.Std = None,
     input_size: flags.InputSize = None,
@@ -308,9 +308,10 @@ def evaluate(
     input_size: flags.InputSize = None,
     mean: flags.Mean = None,
     std: flags.Std = None,
+    max_bad_images: flags.MaxBadImages = None,
 ) -> None:
     """Measure accuracy: of a run's student, teacher and every stone, or of one model."""
-    wishes = flags.image_wishes(input_size, mean, std)
+    wishes = flags.image_wishes(input_size, mean, std, max_bad_images)
     from kdsurgeon.cli.session import evaluate_model, evaluate_run
 
     if (Path(target) / "config.yaml").is_file():

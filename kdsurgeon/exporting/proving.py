@@ -157,19 +157,39 @@ def _locate(subject: Subject, file: File, given: Samples) -> str | None:
     )
 
 
+Change = Callable[[int], int]
+_CHANGES: tuple[tuple[Change, Change], ...] = (  # of the first free axis, and of those behind it
+    (lambda size: size + 32, lambda size: size + 32),
+    (lambda size: max(1, size // 2), lambda size: max(1, size // 2)),
+    (lambda size: 2 * size, lambda size: size),
+    (lambda size: size, lambda size: 2 * size),
+)
+
+
 def _of_other_sizes(subject: Subject) -> list[Samples]:
-    """Samples of sizes that the network takes beside its own; at least one."""
+    """Samples of sizes that the network takes beside its own: at least one, and one for each axis
+    that grows alone."""
     found: list[Samples] = []
-    for change in (lambda size: 2 * size, lambda size: size + 32, lambda size: max(1, size // 2)):
-        grown = {
-            name: torch.zeros((2, *(_resized(value, change))), dtype=value.dtype)
+    for change in _CHANGES:
+        shapes = {name: _resized(value, *change) for name, value in subject.example.items()}
+        if all(shapes[name] == value.shape[1:] for name, value in subject.example.items()):
+            continue  # only one axis is free
+        zeros = {
+            name: torch.zeros((2, *shapes[name]), dtype=value.dtype)
             for name, value in subject.example.items()
         }
-        filled = _filled(grown, subject.given)
+        filled = _filled(zeros, subject.given)
         try:
             with torch.inference_mode():
                 subject.network.answer(filled)
-        except Exception:  # not a size for this network
+        except Exception as error:  # not a size for this network
+            is_aspect = change in _CHANGES[2:] and all(len(shape) > 1 for shape in shapes.values())
+            if is_aspect and found:
+                raise UsageError(
+                    f"{subject.network.label} takes no image of another aspect than the example's.",
+                    why=first_line(error),
+                    fix="export it without --dynamic-size: height and width would not be free",
+                ) from error
             continue
         found.append(filled)
     if not found:
@@ -180,10 +200,10 @@ def _of_other_sizes(subject: Subject) -> list[Samples]:
     return found
 
 
-def _resized(value: Tensor, change: Callable[[int], int]) -> tuple[int, ...]:
-    first = 2 if value.is_floating_point() else 1
-    keep = value.shape[1:first]
-    return (*keep, *(change(size) for size in value.shape[first:]))
+def _resized(value: Tensor, first: Change, rest: Change) -> tuple[int, ...]:
+    keep = 2 if value.is_floating_point() else 1
+    free = value.shape[keep:]
+    return (*value.shape[1:keep], *map(first, free[:1]), *map(rest, free[1:]))
 
 
 def _filled(shapes: Samples, like: Samples) -> Samples:

@@ -17,7 +17,7 @@ from kdsurgeon.training.sharding import all_like, here, whole_weights
 from kdsurgeon.training.state import TrainingState, start
 from kdsurgeon.training.stopping import Stop, StopWaiting, until
 from kdsurgeon.training.together import Together, share
-from kdsurgeon.training.updating import Before
+from kdsurgeon.training.updating import Before, check_batch_norm
 
 __all__ = [
     "Average",
@@ -35,6 +35,7 @@ __all__ = [
     "Trouble",
     "all_like",
     "changes",
+    "check_batch_norm",
     "check_optimizer",
     "compiled",
     "conditions",

@@ -48,7 +48,7 @@ class Updater:
         self.device = next(model.parameters()).device
         self.layout = _wanted_layout(recipe)
         self._before = Before(model)
-        _check_batch_norm(model, recipe)
+        check_batch_norm(model, recipe)
 
     def take(self, group: Iterable[Batch], size: int) -> None:
         """One update from the mean gradient of up to ``size`` batches; moves the position on.
@@ -389,7 +389,8 @@ def _wanted_layout(recipe: Recipe) -> torch.memory_format | None:
     return torch.channels_last if recipe.channels_last else torch.contiguous_format
 
 
-def _check_batch_norm(model: nn.Module, recipe: Recipe) -> None:
+def check_batch_norm(model: nn.Module, recipe: Recipe) -> None:
+    """Raises :class:`UsageError` where smaller parts of a batch would change what it computes."""
     if not recipe.optim.auto_batch or recipe.optim.auto_batch_norm:
         return
     for name, module in model.named_modules():

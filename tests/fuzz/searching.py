@@ -66,6 +66,8 @@ def _search(count: int, seed: int, jobs: int, names: Sequence[str]) -> int:
             num_stones += stones
             done += graphs
             _show_progress(done, count, found)
+        pool.close()
+        pool.join()
     code = _report(found)
     if "I5" in names and not same_under_every_hash_seed(seed, min(count, HASHED)):
         print("I5: under another PYTHONHASHSEED other plans are made")
