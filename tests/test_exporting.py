@@ -493,6 +493,45 @@ def test_a_file_that_changes_a_clear_answer_is_refused(
         parity(student, exported.path, clear_images())
 
 
+def test_half_may_change_one_close_answer_and_no_more(
+    exported: Exported, student: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity_module, "compare", lambda *_: (0.0, 0.9, 0))
+    with pytest.raises(NumericsError, match="gives 5 of 50 samples another class") as caught:
+        parity(student, exported.path, clear_images(), precision="fp16")
+    assert "leave out --half" in caught.value.notes["fix"]
+    assert parity(student, exported.path, clear_images()).agreement < 1  # within fp32's bound
+
+
+def test_half_that_overflows_is_refused_though_the_network_does_not(
+    exported: Exported, student: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = parity_module.logits
+
+    def overflows(*given: Any, **others: Any) -> Tensor:
+        found = real(*given, **others)
+        found[0] = math.inf
+        return found
+
+    monkeypatch.setattr(parity_module, "logits", overflows)
+    with pytest.raises(NumericsError, match="logits that are not finite for 1 of 50") as caught:
+        parity(student, exported.path, clear_images(), precision="fp16")
+    assert "65,504" in caught.value.notes["why"]
+
+
+class Contrast(Flat):
+    """Has no answer for a picture of one shade, dark or bright."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shades = x.flatten(1).abs()
+        return super().forward(x) + 1 / (shades.amax(1) - shades.amin(1))[:, None]
+
+
+def test_where_the_network_itself_has_no_answer_nothing_is_compared(tmp_path: Path) -> None:
+    done = export(Contrast(), tmp_path / "x.onnx", images(4).clamp(-2, 2))
+    assert done.parity is not None and (done.parity.edges, done.parity.samples) == (0, 4)
+
+
 def test_a_failed_export_leaves_an_earlier_file_as_it_was(
     proto: onnx.ModelProto, student: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

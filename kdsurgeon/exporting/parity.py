@@ -57,7 +57,7 @@ class Parity:
     samples: int  # real samples compared
     random: int  # random samples compared
     batch_sizes: tuple[int, ...]
-    edges: int = 0  # samples at the edge: zeros and extremes
+    edges: int = 0  # compared samples at the edge: zeros and extremes
     sizes: tuple[tuple[int, ...], ...] = ()  # other sizes of the input that were compared
     precision: Precision = "fp32"
 
@@ -134,8 +134,8 @@ def prove(
     gate = _Gate(network, run, path, tolerance, precision, batch, locate)
     real, noise = dict(samples), random_like(samples, random, seed)
     groups = [gate.measure(group) for group in (real, noise) if group]
-    edges = edges_of(samples)
-    groups.append(gate.measure(edges, is_edge=True))
+    edges = gate.measure(edges_of(samples), is_edge=True)
+    groups.append(edges)
     groups += [gate.measure(other) for other in others]
     worst = max(groups, key=lambda group: group.gap / group.bound if group.bound else group.gap)
     compared = groups[:2] if random else groups[:1]
@@ -144,7 +144,7 @@ def prove(
     sizes = {*BATCH_SIZES, *(min(CHUNK, group.samples) for group in compared)}
     return Parity(
         worst.gap, worst.scale, worst.bound, agreement, count(samples), random,
-        (batch,) if batch else tuple(sorted(sizes)), count(edges),
+        (batch,) if batch else tuple(sorted(sizes)), edges.samples,
         tuple(tuple(next(iter(other.values())).shape[1:]) for other in others), precision,
     )  # fmt: skip
 
