@@ -45,7 +45,7 @@ AREAS = {
     ),
     "loader": Area(
         ("checkpoints.reader", "checkpoints.archive", "checkpoints.pickles"),
-        ("test_choke_point.py", "test_checkpoints.py", "test_hostile_files.py"),
+        ("test_archive.py", "test_choke_point.py", "test_checkpoints.py", "test_hostile_files.py"),
     ),
     "surgery": Area(
         ("stones.surgery", "stones.training_graph", "partitioning"),

@@ -658,7 +658,8 @@ def test_a_nan_is_found_in_every_type(folder: Path, dtype: torch.dtype) -> None:
     ("content", "words"),
     [
         ({"epoch": 3}, "holds a dict without weights ('epoch'), not a state dict."),
-        (torch.ones(2), "not a state dict"),
+        ({"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}, "without weights ('a', 'b', 'c', 'd'), not"),
+        (torch.ones(2), "holds a Tensor, not a state dict"),
         ({"state_dict": {"w": torch.ones(1), "n": 3}}, "more than tensors among its weights: 'n'."),
         ({"w": torch.ones(1), 5: torch.ones(1)}, "more than tensors among its weights: 5."),
         ({"w": torch.eye(2).to_sparse()}, "holds Python objects"),
@@ -669,6 +670,18 @@ def test_a_checkpoint_without_a_state_dict_says_what_it_holds(
 ) -> None:
     torch.save(content, "t.pt")
     assert words in refusal(read_model, "t.pt").what
+
+
+@pytest.mark.parametrize("depth", [15, 16])
+def test_containers_may_lie_so_deep_in_each_other_and_no_deeper(folder: Path, depth: int) -> None:
+    more: object = 1
+    for _ in range(depth - 1):
+        more = [more]
+    torch.save({"state_dict": {"w": torch.ones(1)}, "more": more}, "t.pt")
+    if depth == 15:
+        assert read_model("t.pt").tensors.keys() == {"w"}
+    else:
+        assert "nested deeper than allowed" in refusal(read_model, "t.pt").what
 
 
 def test_a_file_cannot_write_to_the_terminal_through_a_message(folder: Path) -> None:
@@ -1132,6 +1145,16 @@ def taken(name: str, *, drop: bool = False) -> dict[str, Tensor]:
     return read_model("taken.safetensors").tensors
 
 
+class Keyed:
+    """Is made anew from a keyword, for which pickle has an opcode of its own."""
+
+    def __new__(cls, *, width: int) -> Keyed:
+        return super().__new__(cls)
+
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, int]]:
+        return (), {"width": 3}
+
+
 @pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
 def test_convert_passes_over_whatever_pickle_can_write(folder: Path, protocol: int) -> None:
     pair, five = ([],), ([], 1, 2, 3, 4)
@@ -1139,7 +1162,7 @@ def test_convert_passes_over_whatever_pickle_can_write(folder: Path, protocol: i
     five[0].append(five)
     extra = {"in themselves": [pair, five], "sets": [{1, 2}, frozenset({3})], "long": 1 << 3000}
     extra |= {"bytes": [b"a", b"b" * 300, bytearray(b"c")], "texts": ["d", "e" * 300], "is": True}
-    content = {"state_dict": small().state_dict(), "extra": [extra, objects()]}
+    content = {"extra": extra, "keyed": Keyed(width=3), **objects()}  # the weights behind those
     torch.save(content, "t.pt", pickle_protocol=protocol)
     assert equal(taken("t.pt", drop=True), dict(small().state_dict()))
 
