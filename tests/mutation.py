@@ -55,6 +55,8 @@ AREAS = {
             "test_frozen.py",
             "test_plan.py",
             "test_stones.py",
+            "test_alignment.py",
+            "test_sharding.py",
         ),
     ),
     "export": Area(
