@@ -57,6 +57,7 @@ AREAS = {
             "test_stones.py",
             "test_alignment.py",
             "test_sharding.py",
+            "test_ladder.py",
         ),
     ),
     "export": Area(

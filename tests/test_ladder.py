@@ -94,6 +94,14 @@ def test_a_stone_shares_the_weights_and_changes_nobody():
     assert all(not p.requires_grad for n, p in network.named_parameters() if "teacher" in n)
 
 
+def test_the_teacher_in_a_stone_rests_though_it_was_given_in_training():
+    plan, stones = built("residual", "inverted")
+    plan.teacher.trace.model.train()
+    modules = stone_network(plan, stones, 2).named_modules()
+    norms = [m for n, m in modules if n.startswith("teacher.") and isinstance(m, nn.BatchNorm2d)]
+    assert norms and not any(norm.training for norm in norms)
+
+
 def test_a_stone_that_is_not_there_is_refused():
     plan, _ = built("residual", "inverted")
     with pytest.raises(PlanError, match="no stone of depth 9"):

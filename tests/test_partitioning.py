@@ -144,3 +144,40 @@ def test_what_only_training_mode_still_needs_is_carried_across_the_cut():
         torch.manual_seed(1)
         results.append(run(models.images(4)))
     assert torch.equal(*results)
+
+
+class Scaled(nn.Module):
+    """Three layers with the same scale, which is computed once, and pairs of samples inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.scale = nn.Parameter(torch.randn(8))
+        self.weight = nn.Parameter(torch.ones(8))
+        self.head = nn.Linear(8, models.CLASSES)
+
+    def forward(self, x):
+        scale, pairs = self.scale.softmax(0), 2 * x.shape[0]
+        x = self.stem(x).relu().mean((2, 3))
+        for layer in self.layers:
+            both = torch.stack([layer(x), -x], 1).reshape(pairs, 8) * scale
+            x = x + both.reshape(x.shape[0], 2, 8).sum(1)
+            x = nn.functional.layer_norm(x, (8,), self.weight)
+        return self.head(x)
+
+
+def test_what_needs_no_data_is_computed_once_for_all_blocks():
+    whole = trace(Scaled(), models.images(2))
+    partition = cut(whole, [p for p in find_cut_points(whole) if p.name.startswith("add")])
+    assert len(partition.blocks) == 4
+    rebuilt = compose(partition)
+    computed = [node for node in rebuilt.graph.nodes if "softmax" in str(node.target)]
+    assert len(computed) == 1
+    assert torch.equal(rebuilt(models.images(5)), whole.model(models.images(5)))
+
+
+def test_a_norm_behind_a_junction_whose_weight_is_a_parameter_belongs_to_it():
+    points = find_cut_points(trace(Scaled(), models.images(2)))
+    norms = [point.is_junction for point in points if point.name.startswith("layer_norm")]
+    assert norms == [True] * 3
