@@ -1400,6 +1400,12 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(run, refused):
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_flags_that_a_run_would_ignore_are_refused(run, refused):
+    words = ("is measured on its own data: --data-dir changes nothing", "best.safetensors")
+    refused(["eval", run, *DIGITS], 2, *words)
+    assert main(["eval", str(run / "student" / "best.safetensors"), *DIGITS]) == 0
+
+
 def test_verify_names_the_file_that_changed(run, refused):
     damage(sorted((run / "checkpoints").iterdir())[-1])
     refused(["verify", run], 3, "student.safetensors is changed")

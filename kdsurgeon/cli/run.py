@@ -315,6 +315,13 @@ def evaluate(
     from kdsurgeon.cli.session import evaluate_model, evaluate_run
 
     if (Path(target) / "config.yaml").is_file():
+        given = {"--data-dir": data_dir, "--arch": arch, "--input-size": input_size}
+        given |= {"--mean": mean, "--std": std, "--max-bad-images": max_bad_images}
+        if idle := [flag for flag, value in given.items() if value is not None]:
+            raise UsageError(
+                f"{target} is a run, which is measured on its own data: {idle[0]} changes nothing.",
+                fix=f"leave it out, or name the student's file: {target}/student/best.safetensors",
+            )
         evaluate_run(Path(target), trust_code or ())
     else:
         evaluate_model(target, arch, trust_code or (), data_dir, wishes)
