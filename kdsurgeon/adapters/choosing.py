@@ -32,9 +32,9 @@ def adapter_for(
     >>> small = CutPoint((Activation("a", (8, 6, 6), "BCHW", (6, 6)),), 0.5, True)
     >>> large = CutPoint((Activation("b", (32, 6, 6), "BCHW", (6, 6)),), 0.5, True)
     >>> [str(spec) for spec in adapter_for(small, large)]
-    ['conv 1×1 8→32']
+    ['conv 1×1 8→32 + BN']
     >>> [str(spec) for spec in adapter_for(small, large, max_parameters=200)]
-    ['conv 1×1 8→3→32']
+    ['conv 1×1 8→3→32 + BN']
     """
     pairs = [(_feeding(student, target), target) for target in teacher.tensors]
     specs = tuple(AdapterSpec(natural(*pair), *pair) for pair in pairs)
