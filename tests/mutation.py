@@ -1,8 +1,8 @@
 """Small changes to the code that guards files and graphs, each of which a test must notice.
 
 ``python -m tests.mutation [AREA …] --count N --seed S --jobs J`` draws N changes in each area, runs
-its tests on each in a forked process, and prints what none of them noticed, to be read by a person:
-some changes change nothing that could be noticed.
+its tests on each in a forked process, those first that reach the changed line, and prints what none
+of them noticed. Changes that change nothing are told apart by a person, in mutation-reviewed.txt.
 """
 
 from __future__ import annotations
@@ -11,23 +11,33 @@ import argparse
 import ast
 import importlib.abc
 import importlib.util
+import json
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import numpy  # noqa: F401  so that no forked process need import it, and the next three
+import coverage
+import numpy  # noqa: F401  so that no forked process need import it, and the next seven
 import onnx  # noqa: F401
 import onnxruntime  # noqa: F401
+import onnxscript  # noqa: F401
+import pydantic  # noqa: F401
 import pytest
-import torch  # noqa: F401
+import torch
+import torch._dynamo  # noqa: F401
+import typer  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
+REVIEWED = Path(__file__).with_name("mutation-reviewed.txt")
 
 
 @dataclass(frozen=True)
@@ -167,9 +177,40 @@ class Mutant(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         list(changes(tree))[self.number].apply()
         return compile(ast.fix_missing_locations(tree), str(self.path), "exec")
 
+    @cached_property
+    def _tree(self) -> ast.Module:
+        return ast.parse(self.get_source(self.module))
+
+    @cached_property
+    def change(self) -> Change:
+        return list(changes(self._tree))[self.number]
+
+    @cached_property
+    def statement(self) -> range:
+        """The lines of the statement around the change, without those of the statements in it."""
+        line, around = self.change.line, range(self.change.line, self.change.line + 1)
+        for node in ast.walk(self._tree):  # from the outside in
+            if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0):
+                body = getattr(node, "body", None) or ()
+                end = body[0].lineno if body and body[0].lineno > line else node.end_lineno + 1
+                around = range(node.lineno, max(end, line + 1))
+        return around
+
+    @cached_property
+    def name(self) -> str:
+        """The same wherever the function stands in its file."""
+        inside = [
+            node.name
+            for node in ast.walk(self._tree)
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and node.lineno <= self.change.line <= (node.end_lineno or 0)
+        ]
+        place = ".".join([self.module.removeprefix("kdsurgeon."), *inside])
+        text = self.get_source(self.module).splitlines()[self.change.line - 1].strip()
+        return f"{place} | {text} | {self.change.what}"
+
     def __str__(self) -> str:
-        change = list(changes(ast.parse(self.get_source(self.module))))[self.number]
-        return f"{self.path.relative_to(ROOT)}:{change.line}: {change.what}"
+        return f"{self.path.relative_to(ROOT)}:{self.change.line}: {self.name}"
 
 
 def mutants(area: Area) -> list[Mutant]:
@@ -181,11 +222,89 @@ def mutants(area: Area) -> list[Mutant]:
     return found
 
 
-def passes(tests: Sequence[str], mutant: Mutant | None, limit: float) -> bool:
+def reviewed() -> dict[str, str]:
+    """The changes that a person found to change nothing that could be noticed, each with why."""
+    entries: dict[str, str] = {}
+    for line in REVIEWED.read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, _, why = line.rpartition(" | ")
+            entries[name] = why
+    return entries
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which tests run which lines, and how long each test takes, measured without a change."""
+
+    tests: Mapping[tuple[str, int], list[str]]  # by path and line
+    seconds: Mapping[str, float]
+
+    @classmethod
+    def measure(cls, area: Area) -> Reach:
+        """Raises AssertionError where the tests fail as they are."""
+        with TemporaryDirectory() as folder:
+            record = Path(folder) / "reach.json"
+            paths = [str(Mutant(f"kdsurgeon.{name}", 0).path) for name in area.modules]
+            passed = _passes(area, None, Watch(paths, record), limit=1800)
+            assert passed, "the tests fail without any change"
+            lines, seconds = json.loads(record.read_text(encoding="utf-8"))
+        return cls({(path, line): tests for path, line, tests in lines}, seconds)
+
+    def order(self, mutant: Mutant) -> list[str]:
+        """The tests that reach what is changed, the fastest first."""
+        path = str(mutant.path)
+        found = {test for at in mutant.statement for test in self.tests.get((path, at), ())}
+        return sorted(found, key=lambda test: (self.seconds.get(test, 0.0), test))
+
+
+class Watch:
+    """A plugin of pytest that keeps which test ran which line of ``paths``."""
+
+    def __init__(self, paths: list[str], record: Path) -> None:
+        self.record, self.seconds = record, defaultdict(float)
+        self.coverage = coverage.Coverage(
+            data_file=str(record.with_suffix(".coverage")), include=paths, config_file=False
+        )
+        self.coverage.start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.coverage.switch_context(item.nodeid)
+        try:
+            return (yield)
+        finally:
+            self.coverage.switch_context("")
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] += report.duration
+
+    def pytest_sessionfinish(self):
+        self.coverage.stop()
+        data = self.coverage.get_data()
+        lines = [
+            (path, line, [test for test in tests if test])
+            for path in data.measured_files()
+            for line, tests in data.contexts_by_lineno(path).items()
+        ]
+        self.record.write_text(json.dumps([lines, self.seconds]), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class First:
+    """A plugin of pytest that runs these tests, in this order, before all others."""
+
+    tests: list[str]
+
+    def pytest_collection_modifyitems(self, items):
+        place = {test: at for at, test in enumerate(self.tests)}
+        items.sort(key=lambda item: place.get(item.nodeid, len(place)))
+
+
+def _passes(area: Area, mutant: Mutant | None, plugin: Watch | First, limit: float) -> bool:
     """Whether the tests pass, in a process of their own that may take so many seconds."""
     child = os.fork()
     if child == 0:
-        _play(tests, mutant)
+        _play(area, mutant, plugin)
     ends = time.monotonic() + limit
     while time.monotonic() < ends:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -197,7 +316,7 @@ def passes(tests: Sequence[str], mutant: Mutant | None, limit: float) -> bool:
     return False
 
 
-def _play(tests: Sequence[str], mutant: Mutant | None) -> None:
+def _play(area: Area, mutant: Mutant | None, plugin: Watch | First) -> None:
     code = 70
     try:
         os.setpgid(0, 0)
@@ -206,29 +325,36 @@ def _play(tests: Sequence[str], mutant: Mutant | None) -> None:
             os.dup2(nothing, stream)
         if mutant is not None:
             sys.meta_path.insert(0, mutant)
-        files = [str(ROOT / "tests" / name) for name in tests]
-        code = pytest.main(["-x", "-p", "no:randomly", "-p", "no:cacheprovider", *files])
+        files = [str(ROOT / "tests" / name) for name in area.tests]
+        quiet = ["-x", "-p", "no:randomly", "-p", "no:cacheprovider"]
+        code = pytest.main([*quiet, *files], plugins=[plugin])
     finally:
         os._exit(int(code))
 
 
 def _report(name: str, count: int, seed: int, jobs: int) -> None:
     area, started = AREAS[name], time.monotonic()
-    assert passes(area.tests, None, limit=1800), f"{name}: the tests fail without any change"
+    reach = Reach.measure(area)
     limit = 30 + 3 * (time.monotonic() - started)
-    every = mutants(area)
+    every, known = mutants(area), reviewed()
     drawn = random.Random(seed).sample(every, min(count, len(every)))
+
+    def survives(mutant: Mutant) -> bool:
+        return _passes(area, mutant, First(reach.order(mutant)), limit)
+
+    idle = left = 0
     with ThreadPoolExecutor(jobs) as pool:
-        left = pool.map(lambda mutant: passes(area.tests, mutant, limit), drawn)
-        unnoticed = 0
-        for mutant, passed in zip(drawn, left, strict=True):
-            if passed:
+        for mutant, survived in zip(drawn, pool.map(survives, drawn), strict=True):
+            if survived and mutant.name in known:
+                idle += 1
+            elif survived:
+                left += 1
                 print(f"  not noticed: {mutant}", flush=True)
-            unnoticed += passed
-    noticed = len(drawn) - unnoticed
+    noticed = len(drawn) - idle - left
     print(
-        f"{name}: {noticed} of {len(drawn)} changes noticed, of {len(every)} there are; "
-        f"seed {seed}, {time.monotonic() - started:.0f} s",
+        f"{name}: {noticed} of {len(drawn)} changes noticed, {idle} others change nothing, "
+        f"{left} are left: {noticed / max(1, noticed + left):.1%}; "
+        f"of {len(every)} there are, seed {seed}, {time.monotonic() - started:.0f} s",
         flush=True,
     )
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,9 +23,10 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from kdsurgeon.checkpoints import load_model
+from kdsurgeon.checkpoints import load_model, save_model
 from kdsurgeon.cli import main
-from kdsurgeon.data import load
+from kdsurgeon.data import Fit, load
+from kdsurgeon.data.decoding import fit_into
 from tests.browser import Browser, find_browser
 
 ROOT = Path(__file__).parent.parent
@@ -144,6 +146,26 @@ def test_a_picture_is_turned_as_kdsurgeon_turns_it(deployed):
     turned.save(deployed / "turned.png", exif=marks)
     found = run_alone(blocks("python")[0], deployed, "student.onnx", "turned.png")
     assert found.split()[1:] == upright.split()[1:]
+
+
+def test_the_margin_that_evaluation_leaves_out_is_left_out(deployed, digit_models):
+    model = load_model(str(digit_models / "teacher.pt"))
+    card = replace(model.card, crop_pct=0.5, interpolation="bicubic")
+    save_model(model.model, deployed / "margin.safetensors", card)
+    line = ["export", str(deployed / "margin.safetensors"), str(deployed / "margin.onnx")]
+    assert main([*line, "--data-dir", "digits"]) == 0
+    framed = Image.new("L", (32, 40))
+    framed.paste(Image.open(deployed / "3.png").resize((16, 16)), (8, 12))
+    framed.save(deployed / "framed.png")
+    pixels = np.empty((1, 8, 8, 1), np.uint8)
+    fit_into(pixels[0], framed, Fit(0.5, "bicubic"))
+    wanted = model.model.eval()(
+        replace(load("digits").val, scale=255.0).normalise(pixels.transpose(0, 3, 1, 2))
+    )
+    _, name, score = run_alone(blocks("python")[0], deployed, "margin.onnx", "framed.png").split()
+    assert (int(name), float(score)) == (wanted.argmax(), pytest.approx(wanted.max().item(), 1e-4))
+    plain = run_alone(blocks("python")[0], deployed, "student.onnx", "framed.png").split()
+    assert plain[2] != score, "the margin tells"
 
 
 def test_the_facts_for_javascript_are_those_of_the_file(deployed):

@@ -2,12 +2,17 @@
 
 import json
 import shutil
+from contextlib import chdir
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
+from PIL import Image
 
+from kdsurgeon.checkpoints import load_model
 from kdsurgeon.cli import main
+from kdsurgeon.data import load
 from kdsurgeon.exporting import read_metadata
 from tests.models import uneven
 
@@ -120,6 +125,63 @@ def test_calibration_images_say_how_they_are_normalised_and_judge_no_accuracy(ca
         assert json.loads(found["scale"]) == 16.0 and json.loads(found["input_size"]) == [1, 8, 8]
         assert 0.2 < json.loads(found["mean"])[0] < 0.4, "of the digits, in 0..1"
         assert "class_names" not in found, "these are not the classes of the model's file"
+
+
+# What a run says, where flags do not
+
+
+@pytest.fixture
+def run_of_three(digit_models, capsys):
+    """A run in ./home/run on framed digits in folders, with all that its validation needs."""
+    home, digits = Path("home"), load("digits")
+    for part, images in (("train", digits.train), ("val", digits.val)):
+        for number in range(4):
+            folder = home / "pictures" / part / str(number)
+            folder.mkdir(parents=True)
+            for row in np.flatnonzero(images.labels == number)[:8]:
+                digit = Image.fromarray((images.images[row, ..., 0] * 15.9).astype(np.uint8))
+                framed = Image.new("L", (26, 20))  # crop_pct takes the frame away
+                framed.paste(digit.resize((12, 12)), (7, 4))
+                framed.save(folder / f"{row}.png")
+    (home / "pictures" / "val" / "0" / "damaged.png").write_bytes(b"no picture")
+    (home / "three.txt").write_text("3\n0\n1\n")
+    shutil.copy(digit_models / "teacher.pt", home)
+    with chdir(home):
+        line = "distill teacher.pt demo/student --data-dir pictures --classes three.txt -o run"
+        line += " --input-size 1,8,8 --mean 0.4 --std 0.2 --crop-pct 0.6 --interpolation bicubic"
+        line += " --epochs 1 --method ce --max-bad-images 1"
+        assert main(line.split()) == 0
+    capsys.readouterr()
+    return home / "run"
+
+
+@pytest.mark.parametrize(
+    ("flags", "mean"),
+    [([], 0.4), (["--mean", "0.1", "--std", "0.5"], 0.1), (["--max-bad-images", "3"], 0.4)],
+)
+def test_a_run_says_what_flags_leave_open(flags, mean, run_of_three, capsys):
+    assert main(["export", str(run_of_three), "x.onnx", *flags]) == 0
+    found = read_metadata("x.onnx")
+    told = ("class_names", "mean", "input_size", "crop_pct", "interpolation")
+    assert [json.loads(found[name]) for name in told] == [
+        ["3", "0", "1"], [mean], [1, 8, 8], 0.6, "bicubic",
+    ]  # fmt: skip
+    assert "24 samples" in capsys.readouterr().out, "of the run's three classes"
+
+
+def test_other_data_is_treated_as_the_runs_own(run_of_three, capsys):
+    shutil.copytree("home/pictures", "elsewhere")
+    line = ["export", str(run_of_three), "x.onnx"]
+    assert main([*line, "--data-dir", "elsewhere"]) == 0
+    assert "24 samples" in capsys.readouterr().out
+    assert main([*line, "--int8", "--no-int8-gate", "--calib-data", "elsewhere"]) == 0
+    found = read_metadata("x.onnx")
+    assert (found["crop_pct"], json.loads(found["class_names"])) == ("0.6", ["3", "0", "1"])
+
+
+def test_a_students_file_says_how_its_images_were_resized(run_of_three, capsys):
+    card = load_model(str(run_of_three / "student" / "best.safetensors"), arch="demo/student").card
+    assert (card.crop_pct, card.interpolation) == (0.6, "bicubic")
 
 
 # Options that would be ignored, and wrong targets

@@ -11,6 +11,7 @@ from kdsurgeon.checkpoints.models import Loaded, is_file, load_model
 from kdsurgeon.checkpoints.reader import ModelFile, read_model
 from kdsurgeon.checkpoints.specs import build
 from kdsurgeon.checkpoints.store import (
+    INTERPOLATIONS,
     ModelCard,
     model_hash,
     read_sealed,
@@ -20,6 +21,7 @@ from kdsurgeon.checkpoints.store import (
 )
 
 __all__ = [
+    "INTERPOLATIONS",
     "Conversion",
     "Loaded",
     "ModelCard",

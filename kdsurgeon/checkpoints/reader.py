@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +290,7 @@ def strip_prefixes(state: Mapping[str, Any]) -> dict[str, Any]:
 def foreign_card(content: Mapping[str, Any]) -> ModelCard:
     """The card of a checkpoint dict; entries that mean something else are passed over."""
     card = ModelCard()
-    for name in ("arch", "input_size", "num_classes", "class_names", "mean", "std"):
+    for name in (item.name for item in fields(ModelCard) if item.name != "provenance"):
         value = content.get(name)
         value = value.tolist() if isinstance(value, Tensor) and value.numel() <= 16 else value
         try:

@@ -29,6 +29,7 @@ CARD_KEY = "kdsurgeon"
 SEAL_KEY = "kdsurgeon.sha256"
 BLANK = "0" * 64
 MAX_TENSORS = 100_000
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 MAX_HEADER = 16 << 20  # bytes; 100,000 tensors need about 10 MB
 
 DTYPES = {
@@ -58,7 +59,8 @@ class ModelCard:
     """What a model file says of its model beside the weights; every field may be absent.
 
     ``input_size`` is (channels, height, width); ``mean`` and ``std`` hold one number per channel on
-    the 0..1 scale; ``provenance`` holds free strings, such as the hash of the teacher.
+    the 0..1 scale; ``crop_pct`` and ``interpolation`` say how images are resized to be judged, in
+    timm's words; ``provenance`` holds free strings, such as the hash of the teacher.
 
     >>> ModelCard(arch="demo/teacher", num_classes=10).num_classes
     10
@@ -70,6 +72,8 @@ class ModelCard:
     class_names: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -114,6 +118,10 @@ def _card_problems(card: ModelCard) -> Iterator[str]:
             yield f"{name} = {numbers!r} (expected finite numbers)"
     if card.std is not None and min(card.std, default=1) <= 0:
         yield f"std = {card.std!r} (expected positive numbers)"
+    if card.crop_pct is not None and not (_is_finite(card.crop_pct) and 0 < card.crop_pct <= 1):
+        yield f"crop_pct = {card.crop_pct!r} (expected a number above 0, at most 1)"
+    if card.interpolation not in (None, *INTERPOLATIONS):
+        yield f"interpolation = {card.interpolation!r} (expected {', '.join(INTERPOLATIONS)})"
     texts = (*card.provenance.keys(), *card.provenance.values())
     if not all(isinstance(text, str) for text in texts):
         yield "provenance that is not strings"

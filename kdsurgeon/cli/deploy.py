@@ -24,7 +24,7 @@ from kdsurgeon.errors import UsageError
 from kdsurgeon.evaluation import accuracy
 from kdsurgeon.exporting import Exported, Form, benchmark
 from kdsurgeon.exporting import export as export_model
-from kdsurgeon.recipe import DataRecipe, RunConfig
+from kdsurgeon.recipe import DataRecipe
 
 
 def export_student(
@@ -55,7 +55,7 @@ def export_student(
         raise UsageError("int8 must be calibrated on images.", fix="--calib-data FOLDER, or digits")
     images = None
     if int8 is not None:
-        source = _data(loaded, calib_data, wishes) if calib_data is not None else data
+        source = _data(loaded, calib_data, exportee.wishes) if calib_data is not None else data
         images = int8.spread(source.train) if source else None
         exportee = replace(exportee, calibration=source)
     example = (
@@ -121,36 +121,40 @@ def _student(
 ) -> Exportee:
     """The model to export, and the data it is proved on; a run brings both."""
     folder = Path(target)
-    if not (folder / "config.yaml").is_file():
+    if (folder / "config.yaml").is_file():
+        exportee = _student_of_run(folder, arch, trust, wishes, last, with_data=data_dir is None)
+    else:
         loaded = load_model(target, arch=arch, trust=trust, flag="--arch")
-        return Exportee(loaded, _data(loaded, data_dir, wishes) if data_dir else None, wishes)
-    if data_dir and Path(data_dir).exists():
-        data_dir = str(Path(data_dir).absolute())
-    with at_home(folder) as (folder, settings):
-        return _student_of_run(folder, settings, arch, trust, data_dir, wishes, last)
+        exportee = Exportee(loaded, None, wishes)
+    if data_dir is None:
+        return exportee
+    return replace(exportee, data=_data(exportee.loaded, data_dir, exportee.wishes))
 
 
 def _student_of_run(
     folder: Path,
-    settings: RunConfig,
     arch: str | None,
     trust: Sequence[str],
-    data_dir: str | None,
     wishes: DataRecipe,
     last: bool,
+    *,
+    with_data: bool,
 ) -> Exportee:
-    best, newest = (folder / "student" / f"{name}.safetensors" for name in ("best", "last"))
-    if not newest.is_file():
-        raise UsageError(f"{folder} has no student yet.", fix="let it train for an epoch")
-    chosen = newest if last or not best.is_file() else best
-    loaded = load_model(str(chosen), arch=arch or settings.student_arch, trust=trust, flag="--arch")
-    say(f"student  {chosen}")
-    if data_dir is None and wishes == DataRecipe():
-        split = inputs.data_for(loaded, settings)  # held out as it was in training
-        wishes = settings.data
-    else:
-        split = _data(loaded, data_dir or settings.data_dir, wishes)
-    return Exportee(replace(loaded, name=folder.name), split, wishes)
+    """A run's student; images are as they were in training, but for what ``wishes`` name."""
+    with at_home(folder) as (folder, settings):
+        best, newest = (folder / "student" / f"{name}.safetensors" for name in ("best", "last"))
+        if not newest.is_file():
+            raise UsageError(f"{folder} has no student yet.", fix="let it train for an epoch")
+        chosen = newest if last or not best.is_file() else best
+        arch = arch or settings.student_arch
+        loaded = load_model(str(chosen), arch=arch, trust=trust, flag="--arch")
+        say(f"student  {chosen}")
+        given = {name: getattr(wishes, name) for name in wishes.model_fields_set}
+        if settings.data.classes is not None:  # said where the run was started
+            given["classes"] = str(Path(settings.data.classes).absolute())
+        wishes = settings.data.replace(**given)
+        data = _data(loaded, settings.data_dir, wishes) if with_data else None
+    return Exportee(replace(loaded, name=folder.name), data, wishes)
 
 
 def _data(loaded: Loaded, source: str, wishes: DataRecipe) -> Split:

@@ -115,13 +115,14 @@ def parse_numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
 def image_wishes(
     input_size: str | None, mean: str | None, std: str | None, max_bad_images: int | None
 ) -> DataRecipe:
-    """What four flags say of the images."""
-    return DataRecipe(
-        input_size=parse_size(input_size),
-        mean=parse_numbers(mean, "--mean"),
-        std=parse_numbers(std, "--std"),
-        max_bad_images=max_bad_images or 0,
-    )
+    """What four flags say of the images; its ``model_fields_set`` names those that were given."""
+    given = {
+        "input_size": parse_size(input_size),
+        "mean": parse_numbers(mean, "--mean"),
+        "std": parse_numbers(std, "--std"),
+        "max_bad_images": max_bad_images,
+    }
+    return DataRecipe(**{name: value for name, value in given.items() if value is not None})
 
 
 def parse_pairs(pairs: list[str] | None) -> list[tuple[str, str]] | None:

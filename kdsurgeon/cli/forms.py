@@ -98,7 +98,7 @@ def metadata_of(
         found["scale"] = json.dumps(images.train.scale)
     elif flags.embed_preprocessing:
         found["scale"] = json.dumps(255.0)
-    for name in ("class_names", "mean", "std", "input_size"):
+    for name in ("class_names", "mean", "std", "input_size", "crop_pct", "interpolation"):
         value = getattr(card, name)
         if value is not None:
             found[name] = json.dumps(value)
@@ -107,7 +107,8 @@ def metadata_of(
 
 def _card(exportee: Exportee, example: Tensor) -> ModelCard:
     """What is known of the images and classes; names of classes not from images of calibration."""
-    card, wishes = exportee.loaded.card, exportee.wishes
+    card, wishes, fit = exportee.loaded.card, exportee.wishes, _fit(exportee)
+    card = replace(card, crop_pct=fit.crop_pct, interpolation=fit.interpolation)
     size = tuple(example.shape[1:])
     images = exportee.data or exportee.calibration
     if images is None:
@@ -121,6 +122,12 @@ def _card(exportee: Exportee, example: Tensor) -> ModelCard:
     return replace(
         card, class_names=names, mean=train.mean, std=train.std, input_size=train.input_size
     )
+
+
+def _fit(exportee: Exportee) -> Fit:
+    """How evaluation resizes images: as the data were, else as the model's file says."""
+    card, images = exportee.loaded.card, exportee.data or exportee.calibration
+    return images.fit if images else Fit(card.crop_pct or 1.0, card.interpolation or "bilinear")
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -146,5 +153,4 @@ def _preprocessing(exportee: Exportee, example: Tensor) -> Preprocessing:
             why="the file of weights does not say it",
             fix="--data-dir with the images it was trained on, or --mean and --std",
         )
-    fit = Fit(wishes.crop_pct or 1.0, wishes.interpolation or "bilinear")
-    return Preprocessing((channels, height, width), tuple(mean), tuple(std), scale, fit)
+    return Preprocessing((channels, height, width), tuple(mean), tuple(std), scale, _fit(exportee))

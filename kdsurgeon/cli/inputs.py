@@ -16,7 +16,7 @@ from torch import Tensor
 from kdsurgeon import data, tracing
 from kdsurgeon.checkpoints import Loaded, ModelCard, load_model, write_whole
 from kdsurgeon.cli.console import say, warn
-from kdsurgeon.data import Batches, Fit, Split
+from kdsurgeon.data import Batches, Split
 from kdsurgeon.errors import ResourceError, UsageError
 from kdsurgeon.recipe import DataRecipe, RunConfig
 from kdsurgeon.stones import Plan, partition, read_plan, within_budget
@@ -24,7 +24,6 @@ from kdsurgeon.tracing import trace
 
 Size = tuple[int, int, int]
 DEVICE_BYTES = 2 * 2**30  # decoded images up to this size are kept on the device
-WHOLE = Fit()
 
 _IMAGES_ALONE = "the command line hands over images alone; other inputs are given in Python"
 
@@ -173,10 +172,10 @@ def warn_of(plan: Plan) -> None:
         )
 
 
-def load_data(config: RunConfig, teacher: ModelCard, fit: Fit = WHOLE) -> Split:
-    """The data of a run, normalised as the teacher was trained where its file says how.
+def load_data(config: RunConfig, card: ModelCard) -> Split:
+    """The data of a run, sized and normalised as asked, else as the card of a model says.
 
-    Images are brought to size by ``fit``; of the classes that a file names, where one is given.
+    Of the classes that a file names, where one is given.
     An automatic split does not depend on the run's seed: whoever trains a teacher with one seed
     and a student with another holds out the same images.
     """
@@ -184,12 +183,12 @@ def load_data(config: RunConfig, teacher: ModelCard, fit: Fit = WHOLE) -> Split:
     split = data.load(
         config.data_dir,
         val_split=wishes.val_split,
-        input_size=wishes.input_size or teacher.input_size,  # pyright: ignore[reportArgumentType]
+        input_size=wishes.input_size or card.input_size,  # pyright: ignore[reportArgumentType]
         max_bad_images=wishes.max_bad_images,
-        mean=wishes.mean or teacher.mean,
-        std=wishes.std or teacher.std,
-        crop_pct=wishes.crop_pct or fit.crop_pct,
-        interpolation=wishes.interpolation or fit.interpolation,
+        mean=wishes.mean or card.mean,
+        std=wishes.std or card.std,
+        crop_pct=wishes.crop_pct or card.crop_pct or 1.0,
+        interpolation=wishes.interpolation or card.interpolation or "bilinear",
         stream=True if wishes.augment == "crop-flip" and wishes.data_device != "device" else None,
     )
     if wishes.classes is not None:
@@ -201,7 +200,7 @@ def load_data(config: RunConfig, teacher: ModelCard, fit: Fit = WHOLE) -> Split:
     mean, std = (",".join(f"{v:.4g}" for v in each) for each in (split.train.mean, split.train.std))
     if wishes.mean:
         source = "as asked for"
-    elif teacher.mean:
+    elif card.mean:
         source = "as the model's file says"
     else:
         own = tuple(split.train.mean) == data.IMAGENET_MEAN

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from kdsurgeon.checkpoints import Loaded, ModelCard
+from kdsurgeon.checkpoints import INTERPOLATIONS, Loaded, ModelCard
 from kdsurgeon.cli import inputs
 from kdsurgeon.cli.console import say
-from kdsurgeon.data import Fit, ImageSpec, ReconciledTeacher, Split
+from kdsurgeon.data import ImageSpec, ReconciledTeacher, Split
 from kdsurgeon.data.classes import numbers_of, read_class_map
 from kdsurgeon.errors import UsageError
 from kdsurgeon.recipe import RunConfig
@@ -19,22 +19,14 @@ from kdsurgeon.recipe import RunConfig
 def card_of(loaded: Loaded) -> ModelCard:
     """What is known of a model: by its file, else by its own config if its weights came with it."""
     config = _own_config(loaded)
-    card = loaded.card
+    card, known = loaded.card, config.get("interpolation")
     return replace(
         card,
         input_size=card.input_size or config.get("input_size"),
         mean=card.mean or config.get("mean"),
         std=card.std or config.get("std"),
-    )
-
-
-def fit_of(loaded: Loaded, settings: RunConfig) -> Fit:
-    """How images are brought to size: as asked, else as the model's own config says."""
-    config, wishes = _own_config(loaded), settings.data
-    known = config.get("interpolation")
-    return Fit(
-        wishes.crop_pct or config.get("crop_pct") or 1.0,
-        wishes.interpolation or (known if known in ("nearest", "bicubic") else "bilinear"),
+        crop_pct=card.crop_pct or config.get("crop_pct"),
+        interpolation=card.interpolation or (known if known in INTERPOLATIONS else None),
     )
 
 
@@ -52,7 +44,7 @@ def as_student_sees(settings: RunConfig, student: Loaded, split: Split) -> Split
     if settings.data.input_size is None and size and tuple(size) != split.train.input_size:
         wishes = settings.data.replace(input_size=tuple(size))
         settings = settings.replace(data=wishes)
-        split = inputs.load_data(settings, card, fit_of(student, settings))
+        split = inputs.load_data(settings, card)
     if settings.data.mean or not (card.mean and card.std):
         return split
     if len(card.mean) != len(split.train.mean):
@@ -74,7 +66,7 @@ def reconciled(teacher: Loaded, settings: RunConfig, split: Split) -> Loaded:
         (size[0], size[1]),
         card.mean or data.mean,
         card.std or data.std,
-        fit_of(teacher, settings).interpolation,
+        settings.data.interpolation or card.interpolation or "bilinear",
     )
     kept = _kept_classes(teacher, settings, split, own)
     is_same = (own.size, own.mean, own.std) == (given.size, given.mean, given.std)

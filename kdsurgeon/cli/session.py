@@ -89,6 +89,8 @@ class Session:
             class_names=tuple(data.class_names),
             mean=tuple(data.mean),
             std=tuple(data.std),
+            crop_pct=self.split.fit.crop_pct,
+            interpolation=self.split.fit.interpolation,
             provenance={
                 "kdsurgeon": __version__,
                 "teacher": self.teacher.sha256 or self.teacher.source,
@@ -130,9 +132,7 @@ def open_session(
     teacher = load_model(
         settings.teacher, arch=settings.teacher_arch, trust=trust, flag="--teacher-arch"
     )
-    split = inputs.load_data(
-        settings, reconciling.card_of(teacher), reconciling.fit_of(teacher, settings)
-    )
+    split = inputs.load_data(settings, reconciling.card_of(teacher))
     student = load_model(
         settings.student,
         arch=settings.student_arch,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from kdsurgeon.checkpoints import INTERPOLATIONS
 from kdsurgeon.data.words import kind, listed
 from kdsurgeon.errors import DataError, UsageError, nearest
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int, int]
 Augment = Literal["none", "shift", "shift-flip", "crop-flip"]
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -156,7 +156,8 @@ class Split:
 
     ``bad`` are the images left out; ``fingerprint`` is a sha256 of the content of both parts and
     of the class names, whatever the split; ``notes`` are sentences about what was found and done;
-    ``source_classes`` are those of the source, where only some were chosen.
+    ``source_classes`` are those of the source, where only some were chosen; ``fit`` says how images
+    of another size are brought to this one to be judged.
     """
 
     train: Dataset
@@ -165,6 +166,7 @@ class Split:
     fingerprint: str
     notes: tuple[str, ...] = ()
     source_classes: tuple[str, ...] | None = None
+    fit: Fit = WHOLE
 
     def normalised_by(self, mean: Sequence[float], std: Sequence[float]) -> Split:
         """The same images, served with another mean and std per channel on the 0..1 scale."""
@@ -264,7 +266,8 @@ def finish(
             "shift-flip" if is_natural and of.images.shape[3] == 3 else "shift",
         )
 
-    return Split(dataset("train", train), dataset("val", val), bad, fingerprint, tuple(notes))
+    parts = dataset("train", train), dataset("val", val)
+    return Split(*parts, bad, fingerprint, tuple(notes), fit=options.fit)
 
 
 def check_classes(
