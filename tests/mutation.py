@@ -1,8 +1,9 @@
 """Small changes to the code that guards files and graphs, each of which a test must notice.
 
 ``python -m tests.mutation [AREA …] --count N --seed S --jobs J`` draws N changes in each area, runs
-its tests on each in a forked process, those first that reach the changed line, and prints what none
-of them noticed. Changes that change nothing are told apart by a person, in mutation-reviewed.txt.
+on each, in a forked process, those of its tests that reach the changed line (all, where none does:
+it may run at import, or in other processes), and prints what none of them noticed. Changes that
+change nothing are told apart by a person, in mutation-reviewed.txt.
 """
 
 from __future__ import annotations
@@ -55,7 +56,13 @@ AREAS = {
     ),
     "loader": Area(
         ("checkpoints.reader", "checkpoints.archive", "checkpoints.pickles"),
-        ("test_archive.py", "test_choke_point.py", "test_checkpoints.py", "test_hostile_files.py"),
+        (
+            "test_archive.py",
+            "test_pickles.py",
+            "test_choke_point.py",
+            "test_checkpoints.py",
+            "test_hostile_files.py",
+        ),
     ),
     "surgery": Area(
         ("stones.surgery", "stones.training_graph", "partitioning"),
@@ -290,17 +297,18 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class First:
-    """A plugin of pytest that runs these tests, in this order, before all others."""
+class Only:
+    """A plugin of pytest that runs these tests, in this order; all of them where it has none."""
 
     tests: list[str]
 
     def pytest_collection_modifyitems(self, items):
-        place = {test: at for at, test in enumerate(self.tests)}
-        items.sort(key=lambda item: place.get(item.nodeid, len(place)))
+        if self.tests:
+            named = {item.nodeid: item for item in items}
+            items[:] = [named[test] for test in self.tests if test in named]
 
 
-def _passes(area: Area, mutant: Mutant | None, plugin: Watch | First, limit: float) -> bool:
+def _passes(area: Area, mutant: Mutant | None, plugin: Watch | Only, limit: float) -> bool:
     """Whether the tests pass, in a process of their own that may take so many seconds."""
     child = os.fork()
     if child == 0:
@@ -316,7 +324,7 @@ def _passes(area: Area, mutant: Mutant | None, plugin: Watch | First, limit: flo
     return False
 
 
-def _play(area: Area, mutant: Mutant | None, plugin: Watch | First) -> None:
+def _play(area: Area, mutant: Mutant | None, plugin: Watch | Only) -> None:
     code = 70
     try:
         os.setpgid(0, 0)
@@ -340,7 +348,7 @@ def _report(name: str, count: int, seed: int, jobs: int) -> None:
     drawn = random.Random(seed).sample(every, min(count, len(every)))
 
     def survives(mutant: Mutant) -> bool:
-        return _passes(area, mutant, First(reach.order(mutant)), limit)
+        return _passes(area, mutant, Only(reach.order(mutant)), limit)
 
     idle = left = 0
     with ThreadPoolExecutor(jobs) as pool:

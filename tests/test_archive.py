@@ -164,3 +164,143 @@ def test_a_directory_that_ends_before_its_last_record_is_cut_off(monkeypatch):
 def test_what_is_shorter_than_an_end_is_cut_off(length):
     with pytest.raises(ModelFileError, match="it is cut off"):
         read_records(bytes(length), "net.pt")
+
+
+def _flipped(place: int, value: int, sign: bytes, form: str = "<H"):
+    """Damage that writes ``value`` so many bytes behind the first ``sign``."""
+    return lambda raw: struct.pack_into(form, raw, raw.index(sign) + place, value)
+
+
+END, CENTRAL, LOCAL, LOCATOR = b"PK\5\6", b"PK\1\2", b"PK\3\4", b"PK\6\7"
+FIELDS = {
+    "on another disk": (_flipped(4, 1, END), "it is one part of several"),
+    "a directory on another disk": (_flipped(6, 1, END), "it is one part of several"),
+    "other records here": (_flipped(8, 2, END), "it is one part of several"),
+    "a comment": (_flipped(20, 1, END), "it does not end as a zip archive does"),
+    "the most records": (
+        lambda raw: struct.pack_into("<2H", raw, raw.index(END) + 8, 0xFFFF, 0xFFFF),
+        "its long directory is missing",
+    ),
+    "a long place": (_flipped(16, 0xFFFFFFFF, END, "<L"), "its long directory is missing"),
+    "a place before": (_flipped(16, 0, END, "<L"), "its directory is not where it says"),
+    "a record on another disk": (_flipped(34, 1, CENTRAL), "its directory is not one"),
+    "encrypted": (_flipped(8, 1, CENTRAL), 'record "net/data.pkl" is encrypted'),
+    "encrypted here": (_flipped(6, 1, LOCAL), 'record "net/data.pkl" is encrypted'),
+    "strongly encrypted": (_flipped(8, 0x40, CENTRAL), "is encrypted"),
+    "a hidden directory": (_flipped(8, 0x2000, CENTRAL), "is encrypted"),
+    "no local header": (_flipped(0, 0, LOCAL), "is described twice, differently"),
+    "another name here": (_flipped(30, 0x7A7A, LOCAL), "is described twice, differently"),
+    "another method here": (_flipped(8, 8, LOCAL), "is described twice, differently"),
+    "two sizes": (_flipped(24, 29, CENTRAL, "<L"), 'record "net/data.pkl" has two sizes'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_is_held_against_what_it_should_be(name, monkeypatch):
+    damage, words = FIELDS[name]
+    raw = bytearray(written(monkeypatch, None))
+    damage(raw)
+    with pytest.raises(ModelFileError, match=rf"net\.pt is damaged: .*{words}"):
+        read_records(bytes(raw), "net.pt")
+
+
+@pytest.mark.parametrize("flag", [0x2, 0x8, 0x800, 0x1000])
+def test_other_flags_say_nothing_of_the_content(flag, monkeypatch):
+    raw = bytearray(written(monkeypatch, None))
+    for place, sign in ((8, CENTRAL), (6, LOCAL)):
+        _flipped(place, flag, sign)(raw)
+    assert len(read_records(bytes(raw), "net.pt")) == 3
+
+
+LONG_FIELDS = {
+    "a directory on another disk": (4, 1), "elsewhere": (8, 0), "on several disks": (16, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG_FIELDS)
+def test_every_field_of_the_locator_is_held(name, monkeypatch):
+    place, value = LONG_FIELDS[name]
+    raw = bytearray(written(monkeypatch, 10))
+    _flipped(place, value, LOCATOR)(raw)
+    with pytest.raises(ModelFileError, match="its long directory is not where it says"):
+        read_records(bytes(raw), "net.pt")
+
+
+@pytest.mark.parametrize(
+    ("place", "form", "full"), [(8, "<2H", 0xFFFF), (12, "<L", 0xFFFFFFFF), (16, "<L", 0xFFFFFFFF)]
+)
+def test_short_fields_that_are_full_leave_it_to_the_long_ones(place, form, full, monkeypatch):
+    raw = bytearray(written(monkeypatch, 10))
+    struct.pack_into(form, raw, raw.index(END) + place, *[full] * (2 if form == "<2H" else 1))
+    assert {each.name: bytes(each.body(raw)) for each in read_records(bytes(raw), "x")} == CONTENTS
+    struct.pack_into(form, raw, raw.index(END) + place, *[7] * (2 if form == "<2H" else 1))
+    with pytest.raises(ModelFileError, match="its two directories disagree"):
+        read_records(bytes(raw), "net.pt")
+
+
+def test_a_long_size_is_found_behind_other_fields(monkeypatch):
+    raw = bytearray(written(monkeypatch, 10))
+    central = raw.index(CENTRAL)
+    field = _long_field(raw)
+    other = struct.pack("<2HL", 9, 4, 0)
+    raw[field:field] = other
+    struct.pack_into("<H", raw, central + 30, struct.unpack_from("<H", raw, central + 30)[0] + 8)
+    end64, end = raw.index(b"PK\6\6"), raw.index(END)
+    for place, form in ((end64 + 40, "<Q"), (end + 12, "<L"), (raw.index(LOCATOR) + 8, "<Q")):
+        (value,) = struct.unpack_from(form, raw, place)
+        if value != 0xFFFFFFFF:
+            struct.pack_into(form, raw, place, value + 8)
+    assert {each.name: bytes(each.body(raw)) for each in read_records(bytes(raw), "x")} == CONTENTS
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "would leave its folder"),
+        ("/data", "would leave its folder"),
+        ("net/../data", "would leave its folder"),
+        ("net\\data", "would leave its folder"),
+        ("NET/VERSION", 'it holds record "net/version" twice'),
+        ("net/\x07", "a record's name is not plain text"),
+    ],
+)
+def test_a_name_that_is_no_place_in_the_archive_is_refused(name, words, monkeypatch):
+    raw = written(monkeypatch, None, {name: b"x"} | CONTENTS)
+    with pytest.raises(ModelFileError, match=words):
+        read_records(raw, "net.pt")
+
+
+def test_names_with_two_dots_inside_are_places():
+    stream = BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("net/a..b", b"x")
+    assert [each.name for each in read_records(stream.getvalue(), "x")] == ["net/a..b"]
+
+
+def test_records_may_touch_and_not_overlap(monkeypatch):
+    raw = bytearray(written(monkeypatch, None))
+    second = raw.index(CENTRAL, raw.index(CENTRAL) + 1)
+    for place in (20, 24):  # of the record before the last: one byte more than there is
+        (size,) = struct.unpack_from("<L", raw, second + place)
+        struct.pack_into("<L", raw, second + place, size + 1)
+    with pytest.raises(ModelFileError, match='record "net/data/0" overlaps what follows it'):
+        read_records(bytes(raw), "net.pt")
+
+
+def test_as_many_records_as_are_allowed_are_read(monkeypatch):
+    raw = written(monkeypatch, None)
+    monkeypatch.setattr("kdsurgeon.checkpoints.archive.MAX_RECORDS", 3)
+    assert len(read_records(raw, "net.pt")) == 3
+    monkeypatch.setattr("kdsurgeon.checkpoints.archive.MAX_RECORDS", 2)
+    with pytest.raises(ModelFileError, match="its directory announces 3 records"):
+        read_records(raw, "net.pt")
+
+
+def test_a_changed_byte_of_a_record_is_named_with_its_place(monkeypatch):
+    raw = bytearray(written(monkeypatch, None))
+    record = read_records(bytes(raw), "net.pt")[1]
+    raw[record.start + 7] ^= 1
+    with pytest.raises(
+        ModelFileError, match=rf'"net/data/0" fails its checksum \(byte {record.start}'
+    ):
+        check_crc(record, bytes(raw), "net.pt")

@@ -209,6 +209,8 @@ class _Machine:
                 stack.append(memo[argument])
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 count = int(opcode[-1])
+                if len(stack) < count:
+                    raise self._refuse(f"it takes {count} from a stack of {len(stack)}")
                 self.stack[-count:] = [self.sized(tuple(stack[-count:]), count)]
             case "TUPLE":
                 items = self.above_mark()
