@@ -79,7 +79,7 @@ AREAS = {
     ),
     "export": Area(
         ("exporting.gate", "exporting.beside", "exporting.trial", "exporting.soundness"),
-        ("test_hostile_onnx.py", "test_exporting.py"),
+        ("test_soundness.py", "test_hostile_onnx.py", "test_exporting.py"),
     ),
 }
 
