@@ -52,13 +52,14 @@ class Area:
 AREAS = {
     "checkpoint": Area(
         ("runs", "checkpoints.disk", "checkpoints.store"),
-        ("test_runs.py", "test_outputs.py", "test_checkpoints.py"),
+        ("test_runs.py", "test_outputs.py", "test_reader.py", "test_checkpoints.py"),
     ),
     "loader": Area(
         ("checkpoints.reader", "checkpoints.archive", "checkpoints.pickles"),
         (
             "test_archive.py",
             "test_pickles.py",
+            "test_reader.py",
             "test_choke_point.py",
             "test_checkpoints.py",
             "test_hostile_files.py",
