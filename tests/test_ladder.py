@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import onnx
@@ -135,7 +137,9 @@ def run(digit_models, tmp_path_factory):
     command = ["distill", *pair, "--data-dir", "digits", "--epochs", "2", "--lr", "1e-2"]
     command += ["--blocks", "2", "--track", "none", "-o", str(folder / "run")]
     assert main(command) == 0
-    assert main(["export", str(folder / "run"), str(folder / "s.onnx"), "--stones"]) == 0
+    with redirect_stdout(StringIO()) as shown:
+        assert main(["export", str(folder / "run"), str(folder / "s.onnx"), "--stones"]) == 0
+    (folder / "shown.txt").write_text(shown.getvalue(), encoding="utf-8")
     return folder
 
 
@@ -145,6 +149,11 @@ def test_every_stone_of_a_run_becomes_a_file(run):
     assert stones >= 1
     assert files == ["s.onnx", *(f"s.stone{depth}.onnx" for depth in range(1, stones + 1))]
     assert verify(run / "run") > 5, "the run itself is as it was when it ended"
+
+
+def test_what_the_images_are_is_told_once(run):
+    shown = (run / "shown.txt").read_text(encoding="utf-8")
+    assert shown.count("images   normalised") == 1 and "stone 1" in shown
 
 
 def read_plan_of(run: Path) -> Plan:

@@ -1,5 +1,8 @@
 """Where text goes: results to standard output, errors and warnings to standard error."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 
 
@@ -17,6 +20,16 @@ err = _Console(stderr=True, highlight=False, emoji=False)
 def hush(is_quiet: bool = True) -> None:
     """Print nothing: one of several processes talks for all."""
     out.quiet = err.quiet = is_quiet
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Say nothing meanwhile: it has all been said before."""
+    hush()
+    try:
+        yield
+    finally:
+        hush(False)
 
 
 def warn(text: str) -> None:

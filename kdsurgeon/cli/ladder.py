@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kdsurgeon.cli import inputs
-from kdsurgeon.cli.console import out, say
+from kdsurgeon.cli.console import out, quietly, say
 from kdsurgeon.cli.forms import Exportee, FormFlags, metadata_of
 from kdsurgeon.cli.outputs import Output
 from kdsurgeon.cli.reporting import read_evaluation, report_page
@@ -95,7 +95,8 @@ def export_stones(
     """
     shown, output = output, output.absolute()
     with at_home(Path(target)) as (folder, settings), Run.look(folder) as run:
-        session = open_session(settings, trust, folder / "plan.yaml", ALONE)
+        with quietly():  # the student's export has told of the data
+            session = open_session(settings, trust, folder / "plan.yaml", ALONE)
         ready = session.prepare()
         if not isinstance(ready.model, SteppingStones) or not ready.model.depths:
             raise _without_stones(folder)
