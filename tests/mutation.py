@@ -52,7 +52,13 @@ class Area:
 AREAS = {
     "checkpoint": Area(
         ("runs", "checkpoints.disk", "checkpoints.store"),
-        ("test_runs.py", "test_outputs.py", "test_reader.py", "test_checkpoints.py"),
+        (
+            "test_runs.py",
+            "test_outputs.py",
+            "test_reader.py",
+            "test_checkpoints.py",
+            "test_types.py",
+        ),
     ),
     "loader": Area(
         ("checkpoints.reader", "checkpoints.archive", "checkpoints.pickles"),
@@ -63,6 +69,7 @@ AREAS = {
             "test_choke_point.py",
             "test_checkpoints.py",
             "test_hostile_files.py",
+            "test_types.py",
         ),
     ),
     "surgery": Area(
@@ -76,11 +83,12 @@ AREAS = {
             "test_alignment.py",
             "test_sharding.py",
             "test_ladder.py",
+            "test_types.py",
         ),
     ),
     "export": Area(
         ("exporting.gate", "exporting.beside", "exporting.trial", "exporting.soundness"),
-        ("test_soundness.py", "test_hostile_onnx.py", "test_exporting.py"),
+        ("test_soundness.py", "test_hostile_onnx.py", "test_exporting.py", "test_types.py"),
     ),
 }
 
