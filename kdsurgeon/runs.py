@@ -524,6 +524,9 @@ def verify_run(folder: str | Path) -> list[str]:
 # manifests ───────────────────────────────────────────────────────────────────────────────────────
 
 
+_RESTORE = "copy the folder again from where it was made, or use an older checkpoint"
+
+
 def _manifest(facts: Mapping[str, Any], files: Mapping[str, Any]) -> bytes:
     """The text of a manifest; its last entry seals the others."""
     body = {"version": MANIFEST_VERSION, **facts, "files": files}
@@ -562,7 +565,7 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             fix="use the version of kdsurgeon that wrote it",
         )
     if raw != _manifest(body, files):
-        raise ModelFileError(f"{path} is changed.", fix="use an older checkpoint")
+        raise ModelFileError(f"{path} is changed.", fix=_RESTORE)
     return body, files
 
 
@@ -594,7 +597,8 @@ def _compare(
             if found == wanted[name]:
                 continue
             state = "changed"
-        raise ModelFileError(f"{folder}: {name} is {state}.", fix="use an older checkpoint")
+        fix = "move it out of the folder" if state == "unlisted" else _RESTORE
+        raise ModelFileError(f"{folder}: {name} is {state}.", fix=fix)
 
 
 def _listed(folder: Path) -> list[str]:

@@ -571,9 +571,15 @@ def test_an_ended_run_is_sealed_and_going_on_with_it_breaks_the_seal(run):
     (run.path / "export").mkdir()
     (run.path / "export" / "student.json").write_text("{}")
     assert verify_run(run.path)[-1].endswith("all 4 files are as they were when the run ended")
-    (run.path / "config.yaml").write_text("epochs: 2\n")
-    with pytest.raises(ModelFileError, match=r"config\.yaml is changed"):
+    (run.path / "model.sig").touch()
+    with pytest.raises(ModelFileError, match=r"model\.sig is unlisted") as caught:
         verify_run(run.path)
+    assert caught.value.notes["fix"] == "move it out of the folder"
+    (run.path / "model.sig").unlink()
+    (run.path / "config.yaml").write_text("epochs: 2\n")
+    with pytest.raises(ModelFileError, match=r"config\.yaml is changed") as caught:
+        verify_run(run.path)
+    assert caught.value.notes["fix"].startswith("copy the folder again from where it was made")
     run.close()
     with Run.resume(run.path) as again:
         assert (
