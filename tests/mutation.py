@@ -1,9 +1,9 @@
 """Small changes to the code that guards files and graphs, each of which a test must notice.
 
 ``python -m tests.mutation [AREA …] --count N --seed S --jobs J`` draws N changes in each area, runs
-on each, in a forked process, those of its tests that reach the changed line (all, where none does:
-it may run at import, or in other processes), and prints what none of them noticed. Changes that
-change nothing are told apart by a person, in mutation-reviewed.txt.
+on each, in a forked process, a minute of those of its tests that reach the changed line (of all,
+where none does: it may run at import, or in other processes), and prints what none of them noticed.
+Changes that change nothing are told apart by a person, in mutation-reviewed.txt.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -38,6 +39,7 @@ import torch._dynamo  # noqa: F401
 import typer  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
+MINUTE = 60.0  # seconds, as the tests took them without a change
 REVIEWED = Path(__file__).with_name("mutation-reviewed.txt")
 
 
@@ -267,10 +269,12 @@ class Reach:
         return cls({(path, line): tests for path, line, tests in lines}, seconds)
 
     def order(self, mutant: Mutant) -> list[str]:
-        """The tests that reach what is changed, the fastest first."""
+        """The tests that reach what is changed, else all; the fastest first, a minute of them."""
         path = str(mutant.path)
         found = {test for at in mutant.statement for test in self.tests.get((path, at), ())}
-        return sorted(found, key=lambda test: (self.seconds.get(test, 0.0), test))
+        ordered = sorted(found or self.seconds, key=lambda test: (self.seconds[test], test))
+        sums = accumulate(self.seconds[test] for test in ordered)
+        return [test for test, until in zip(ordered, sums, strict=True) if until <= MINUTE]
 
 
 class Watch:
@@ -307,14 +311,13 @@ class Watch:
 
 @dataclass(frozen=True)
 class Only:
-    """A plugin of pytest that runs these tests, in this order; all of them where it has none."""
+    """A plugin of pytest that runs these tests, in this order, and no others."""
 
     tests: list[str]
 
     def pytest_collection_modifyitems(self, items):
-        if self.tests:
-            named = {item.nodeid: item for item in items}
-            items[:] = [named[test] for test in self.tests if test in named]
+        named = {item.nodeid: item for item in items}
+        items[:] = [named[test] for test in self.tests]
 
 
 def _passes(area: Area, mutant: Mutant | None, plugin: Watch | Only, limit: float) -> bool:
