@@ -43,6 +43,9 @@ MINUTE = 60.0  # seconds, as the tests took them without a change
 REVIEWED = Path(__file__).with_name("mutation-reviewed.txt")
 
 
+FUZZ = "test_fuzz.py::test_on_a_hundred_random_classifiers_every_invariant_holds"
+
+
 @dataclass(frozen=True)
 class Area:
     """Modules of one concern, and the tests that answer for them; the fastest first."""
@@ -86,6 +89,8 @@ AREAS = {
             "test_sharding.py",
             "test_ladder.py",
             "test_types.py",
+            f"{FUZZ}[0]",
+            f"{FUZZ}[100]",
         ),
     ),
     "export": Area(
@@ -215,14 +220,29 @@ class Mutant(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         return around
 
     @cached_property
-    def name(self) -> str:
-        """The same wherever the function stands in its file."""
-        inside = [
-            node.name
+    def _around(self) -> list[ast.FunctionDef | ast.ClassDef]:
+        """The definitions that the change lies in, from the outside in."""
+        return [
+            node
             for node in ast.walk(self._tree)
             if isinstance(node, ast.FunctionDef | ast.ClassDef)
             and node.lineno <= self.change.line <= (node.end_lineno or 0)
         ]
+
+    @property
+    def is_in_function(self) -> bool:
+        """Whether it runs when a function is called, not when its module is imported."""
+        around = self._around
+        return (
+            bool(around)
+            and self.change.line >= around[-1].body[0].lineno
+            and isinstance(around[-1], ast.FunctionDef)
+        )
+
+    @cached_property
+    def name(self) -> str:
+        """The same wherever the function stands in its file."""
+        inside = [node.name for node in self._around]
         place = ".".join([self.module.removeprefix("kdsurgeon."), *inside])
         text = self.get_source(self.module).splitlines()[self.change.line - 1].strip()
         return f"{place} | {text} | {self.change.what}"
@@ -269,9 +289,15 @@ class Reach:
         return cls({(path, line): tests for path, line, tests in lines}, seconds)
 
     def order(self, mutant: Mutant) -> list[str]:
-        """The tests that reach what is changed, else all; the fastest first, a minute of them."""
+        """The tests that reach what is changed, the fastest first, a minute of them.
+
+        What runs at import is reached by all. What no test reaches may run in a process that one of
+        them starts: then all, those first that take their time.
+        """
         path = str(mutant.path)
         found = {test for at in mutant.statement for test in self.tests.get((path, at), ())}
+        if not found and mutant.is_in_function:
+            return sorted(self.seconds, key=lambda test: (-self.seconds[test], test))
         ordered = sorted(found or self.seconds, key=lambda test: (self.seconds[test], test))
         sums = accumulate(self.seconds[test] for test in ordered)
         return [test for test, until in zip(ordered, sums, strict=True) if until <= MINUTE]
