@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -176,6 +176,24 @@ def _setter(home: ast.AST | list, place: str | int, value: object) -> Callable[[
     return lambda: setattr(home, str(place), value)
 
 
+class Source:
+    """A module of kdsurgeon as it is: its text, and every change that is tried in it."""
+
+    def __init__(self, module: str) -> None:
+        self.path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        self.text = self.path.read_text(encoding="utf-8")
+        self.tree = ast.parse(self.text)
+        self.statements = [node for node in ast.walk(self.tree) if isinstance(node, ast.stmt)]
+        self.changes = tuple(changes(self.tree))  # none of which is ever applied here
+
+    def around(self, line: int) -> list[ast.stmt]:
+        """The statements that a line lies in, from the outside in."""
+        return [node for node in self.statements if node.lineno <= line <= (node.end_lineno or 0)]
+
+
+source_of = cache(Source)
+
+
 @dataclass(frozen=True)
 class Mutant(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     """A module of kdsurgeon with its ``number``-th change; imported in its place."""
@@ -184,80 +202,67 @@ class Mutant(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     number: int
 
     @property
-    def path(self) -> Path:
-        return ROOT.joinpath(*self.module.split(".")).with_suffix(".py")
+    def source(self) -> Source:
+        return source_of(self.module)
+
+    @property
+    def change(self) -> Change:
+        return self.source.changes[self.number]
 
     def find_spec(self, name, path=None, target=None):
         if name != self.module:
             return None
-        return importlib.util.spec_from_file_location(name, self.path, loader=self)
+        return importlib.util.spec_from_file_location(name, self.source.path, loader=self)
 
     def get_source(self, fullname: str) -> str:
-        return self.path.read_text(encoding="utf-8")
+        return self.source.text
 
     def get_code(self, fullname: str):
-        tree = ast.parse(self.get_source(fullname))
+        tree = ast.parse(self.source.text)
         list(changes(tree))[self.number].apply()
-        return compile(ast.fix_missing_locations(tree), str(self.path), "exec")
+        return compile(ast.fix_missing_locations(tree), str(self.source.path), "exec")
 
-    @cached_property
-    def _tree(self) -> ast.Module:
-        return ast.parse(self.get_source(self.module))
-
-    @cached_property
-    def change(self) -> Change:
-        return list(changes(self._tree))[self.number]
-
-    @cached_property
+    @property
     def statement(self) -> range:
-        """The lines of the statement around the change, without those of the statements in it."""
-        line, around = self.change.line, range(self.change.line, self.change.line + 1)
-        for node in ast.walk(self._tree):  # from the outside in
-            if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0):
-                body = getattr(node, "body", None) or ()
-                end = body[0].lineno if body and body[0].lineno > line else node.end_lineno + 1
-                around = range(node.lineno, max(end, line + 1))
-        return around
+        """The lines of the innermost statement, without those of the statements in it."""
+        line = self.change.line
+        node = self.source.around(line)[-1]
+        inner = [each.lineno for each in ast.iter_child_nodes(node) if isinstance(each, ast.stmt)]
+        end = min((at for at in inner if at > line), default=(node.end_lineno or line) + 1)
+        return range(node.lineno, max(end, line + 1))
 
-    @cached_property
-    def _around(self) -> list[ast.FunctionDef | ast.ClassDef]:
-        """The definitions that the change lies in, from the outside in."""
-        return [
-            node
-            for node in ast.walk(self._tree)
-            if isinstance(node, ast.FunctionDef | ast.ClassDef)
-            and node.lineno <= self.change.line <= (node.end_lineno or 0)
-        ]
+    @property
+    def _definitions(self) -> list[ast.FunctionDef | ast.ClassDef]:
+        around = self.source.around(self.change.line)
+        return [node for node in around if isinstance(node, ast.FunctionDef | ast.ClassDef)]
 
     @property
     def is_in_function(self) -> bool:
         """Whether it runs when a function is called, not when its module is imported."""
-        around = self._around
-        return (
-            bool(around)
-            and self.change.line >= around[-1].body[0].lineno
-            and isinstance(around[-1], ast.FunctionDef)
+        return any(
+            isinstance(node, ast.FunctionDef) and self.change.line >= node.body[0].lineno
+            for node in self._definitions
         )
 
-    @cached_property
+    @property
     def name(self) -> str:
         """The same wherever the function stands in its file."""
-        inside = [node.name for node in self._around]
+        inside = [node.name for node in self._definitions]
         place = ".".join([self.module.removeprefix("kdsurgeon."), *inside])
-        text = self.get_source(self.module).splitlines()[self.change.line - 1].strip()
+        text = self.source.text.splitlines()[self.change.line - 1].strip()
         return f"{place} | {text} | {self.change.what}"
 
     def __str__(self) -> str:
-        return f"{self.path.relative_to(ROOT)}:{self.change.line}: {self.name}"
+        return f"{self.source.path.relative_to(ROOT)}:{self.change.line}: {self.name}"
 
 
 def mutants(area: Area) -> list[Mutant]:
-    found = []
-    for name in area.modules:
-        first = Mutant(f"kdsurgeon.{name}", 0)
-        tree = ast.parse(first.get_source(first.module))
-        found += [Mutant(first.module, number) for number, _ in enumerate(changes(tree))]
-    return found
+    modules = [f"kdsurgeon.{name}" for name in area.modules]
+    return [
+        Mutant(module, number)
+        for module in modules
+        for number in range(len(source_of(module).changes))
+    ]
 
 
 def reviewed() -> dict[str, str]:
@@ -282,7 +287,7 @@ class Reach:
         """Raises AssertionError where the tests fail as they are."""
         with TemporaryDirectory() as folder:
             record = Path(folder) / "reach.json"
-            paths = [str(Mutant(f"kdsurgeon.{name}", 0).path) for name in area.modules]
+            paths = [str(source_of(f"kdsurgeon.{name}").path) for name in area.modules]
             passed = _passes(area, None, Watch(paths, record), limit=1800)
             assert passed, "the tests fail without any change"
             lines, seconds = json.loads(record.read_text(encoding="utf-8"))
@@ -294,7 +299,7 @@ class Reach:
         What runs at import is reached by all. What no test reaches may run in a process that one of
         them starts: then all, those first that take their time.
         """
-        path = str(mutant.path)
+        path = str(mutant.source.path)
         found = {test for at in mutant.statement for test in self.tests.get((path, at), ())}
         if not found and mutant.is_in_function:
             return sorted(self.seconds, key=lambda test: (-self.seconds[test], test))
