@@ -43,9 +43,6 @@ MINUTE = 60.0  # seconds, as the tests took them without a change
 REVIEWED = Path(__file__).with_name("mutation-reviewed.txt")
 
 
-FUZZ = "test_fuzz.py::test_on_a_hundred_random_classifiers_every_invariant_holds"
-
-
 @dataclass(frozen=True)
 class Area:
     """Modules of one concern, and the tests that answer for them; the fastest first."""
@@ -89,8 +86,6 @@ AREAS = {
             "test_sharding.py",
             "test_ladder.py",
             "test_types.py",
-            f"{FUZZ}[0]",
-            f"{FUZZ}[100]",
         ),
     ),
     "export": Area(

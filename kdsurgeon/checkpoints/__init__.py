@@ -9,7 +9,7 @@ from kdsurgeon.checkpoints.conversion import Conversion, convert
 from kdsurgeon.checkpoints.disk import write_whole
 from kdsurgeon.checkpoints.models import Loaded, is_file, load_model
 from kdsurgeon.checkpoints.reader import ModelFile, read_model
-from kdsurgeon.checkpoints.specs import build
+from kdsurgeon.checkpoints.specs import build, code_in
 from kdsurgeon.checkpoints.store import (
     INTERPOLATIONS,
     ModelCard,
@@ -27,6 +27,7 @@ __all__ = [
     "ModelCard",
     "ModelFile",
     "build",
+    "code_in",
     "convert",
     "is_file",
     "load_model",

@@ -72,12 +72,13 @@ def read_model(
 ) -> ModelFile:
     """Read one model file; nothing in it is run unless ``trust`` names its very hash.
 
-    ``trust`` holds entries ``sha256:HEX`` with at least 12 digits. The file is opened once; what is
-    hashed is what is checked and loaded. Raises :class:`ModelFileError` for a file that is
+    ``trust`` holds entries ``sha256:HEX`` with at least 12 digits (those that name code, ``py:…``,
+    are not for files of weights). The file is opened once; what is hashed is what is checked and
+    loaded. Raises :class:`ModelFileError` for a file that is
     unsafe, damaged or no model, :class:`ResourceError` when it cannot be read, and
     :class:`UsageError` for a ``trust`` entry that is no hash.
     """
-    hashes = [_trusted_hash(entry) for entry in trust]
+    hashes = [_trusted_hash(entry) for entry in trust if not entry.startswith("py:")]
     path = Path(path)
     if path.is_dir():
         raise refuse_folder(path)

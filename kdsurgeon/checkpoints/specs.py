@@ -86,6 +86,23 @@ def parse(text: str) -> Spec:
     return Spec(text, source, name, arguments)
 
 
+def code_in(spec: str) -> str | None:
+    """A model string that runs code of the user, its file under its whole path; else None.
+
+    >>> code_in("timm/resnet18"), code_in("py:nets:small,width=3")
+    (None, 'py:nets:small,width=3')
+    >>> code_in("py:/home/me/../nets.py:small")
+    'py:/home/nets.py:small'
+    """
+    if not spec.startswith("py:"):
+        return None
+    head, *arguments = _split(spec)
+    where, _, factory = head[3:].rpartition(":")
+    if where.endswith(".py"):
+        where = str(Path(where).resolve())
+    return ",".join([f"py:{where}:{factory}", *arguments])
+
+
 def from_file(arch: str, name: str, flag: str) -> str:
     """The part of an arch found *inside* a file that may be followed; weights never name code.
 

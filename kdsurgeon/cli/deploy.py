@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from kdsurgeon.checkpoints import Loaded, load_model
+from kdsurgeon.checkpoints import Loaded, code_in, load_model
 from kdsurgeon.cli import inputs
 from kdsurgeon.cli.console import out, say, warn
 from kdsurgeon.cli.forms import Exportee, FormFlags, form_of, metadata_of, samples_for
@@ -24,7 +24,7 @@ from kdsurgeon.errors import UsageError
 from kdsurgeon.evaluation import accuracy
 from kdsurgeon.exporting import Exported, Form, benchmark
 from kdsurgeon.exporting import export as export_model
-from kdsurgeon.recipe import DataRecipe
+from kdsurgeon.recipe import DataRecipe, RunConfig
 
 
 def export_student(
@@ -122,6 +122,7 @@ def _student(
     """The model to export, and the data it is proved on; a run brings both."""
     folder = Path(target)
     if (folder / "config.yaml").is_file():
+        arch = arch and _seen_from_here(arch)
         exportee = _student_of_run(folder, arch, trust, wishes, last, with_data=data_dir is None)
     else:
         loaded = load_model(target, arch=arch, trust=trust, flag="--arch")
@@ -129,6 +130,12 @@ def _student(
     if data_dir is None:
         return exportee
     return replace(exportee, data=_data(exportee.loaded, data_dir, exportee.wishes))
+
+
+def _seen_from_here(arch: str) -> str:
+    """A Python file by its whole path, where there is one; else it is looked for with the run."""
+    code = code_in(arch)
+    return code if code and Path(code[3:].partition(".py:")[0] + ".py").is_file() else arch
 
 
 def _student_of_run(
@@ -146,7 +153,7 @@ def _student_of_run(
         if not newest.is_file():
             raise UsageError(f"{folder} has no student yet.", fix="let it train for an epoch")
         chosen = newest if last or not best.is_file() else best
-        arch = arch or settings.student_arch
+        arch = arch or _own_arch(settings, trust)
         loaded = load_model(str(chosen), arch=arch, trust=trust, flag="--arch")
         say(f"student  {chosen}")
         given = {name: getattr(wishes, name) for name in wishes.model_fields_set}
@@ -155,6 +162,13 @@ def _student_of_run(
         wishes = settings.data.replace(**given)
         data = _data(loaded, settings.data_dir, wishes) if with_data else None
     return Exportee(replace(loaded, name=folder.name), data, wishes)
+
+
+def _own_arch(settings: RunConfig, trust: Sequence[str]) -> str | None:
+    """The architecture that the run names, where the student's file does not or may not."""
+    own = settings.student_arch or settings.student
+    code = code_in(own)
+    return own if (settings.student_arch and not code) or code in trust else None
 
 
 def _data(loaded: Loaded, source: str, wishes: DataRecipe) -> Split:

@@ -23,10 +23,24 @@ TeacherArch = Annotated[
 StudentArch = Annotated[
     str | None, typer.Option("--student-arch", help="architecture of a student file of weights")
 ]
+
+
+def _whole_paths(entries: list[str] | None) -> list[str] | None:
+    """Python files as the user sees them from here, whatever folder is worked in later."""
+    if not any(entry.startswith("py:") for entry in entries or ()):
+        return entries
+    from kdsurgeon.checkpoints import code_in
+
+    return [code_in(entry) or entry for entry in entries or ()]
+
+
 TrustCode = Annotated[
     list[str] | None,
     typer.Option(
-        "--trust-code", metavar="sha256:HASH", help="let this very file run code when loaded"
+        "--trust-code",
+        metavar="sha256:HASH|py:…",
+        help="let this very file run code when loaded",
+        callback=_whole_paths,
     ),
 ]
 DataDir = Annotated[

@@ -119,7 +119,7 @@ def _trained(
     student: nn.Module, target: Path, flags: Int8Flags, trust: Sequence[str], calibration: Tensor
 ) -> nn.Module:
     """A copy of the student after some epochs with its rounding inside."""
-    with at_home(target) as (_, settings):
+    with at_home(target, trust) as (_, settings):
         short = short_recipe(settings, flags.epochs)
         session = open_session(short, trust, None, ALONE)  # planned anew below
         twin = session.student.model

@@ -94,7 +94,7 @@ def export_stones(
         SurgeonError: whatever export raises, with the stone's name; those before it are written.
     """
     shown, output = output, output.absolute()
-    with at_home(Path(target)) as (folder, settings), Run.look(folder) as run:
+    with at_home(Path(target), trust) as (folder, settings), Run.look(folder) as run:
         with quietly():  # the student's export has told of the data
             session = open_session(settings, trust, folder / "plan.yaml", ALONE)
         ready = session.prepare()

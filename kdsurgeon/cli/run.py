@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -223,6 +223,8 @@ def distill(
             "--allow-change is for a run that goes on.", fix="leave it out, or add --resume FOLDER"
         )
     settings = read_config(config, overrides, spelled=spelled)
+    if config is not None:
+        _check_code(settings, overrides, trust_code or (), config)
     if settings.plan is not None and settings.blocks != "auto":
         raise UsageError(
             f"a plan and {settings.blocks} blocks are both asked for.",
@@ -236,6 +238,18 @@ def distill(
     return start_session(
         settings, trust_code or (), dry_run=dry_run, ranks=Ranks.from_environment()
     )
+
+
+def _check_code(
+    settings: RunConfig, typed: Collection[str], trust: Sequence[str], config: Path
+) -> None:
+    """What the recipe alone names, and nobody typed, is asked for."""
+    keys = ("teacher", "student", "teacher_arch", "student_arch")
+    if any((getattr(settings, key) or "").startswith("py:") for key in keys if key not in typed):
+        from kdsurgeon.cli.session import check_code
+
+        untyped = settings.replace(**{key: "-" for key in keys if key in typed})
+        check_code(untyped, trust, of=str(config))
 
 
 def _check_resume(given: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from kdsurgeon import __version__
-from kdsurgeon.checkpoints import Loaded, ModelCard, load_model
+from kdsurgeon.checkpoints import Loaded, ModelCard, code_in, load_model
 from kdsurgeon.cli import inputs, reconciling
 from kdsurgeon.cli.console import hush, out, say, warn
 from kdsurgeon.cli.live import display, duration
@@ -259,7 +259,7 @@ def resume_session(
 
     Raises :class:`UsageError` when a setting changed that the bits of the run depend on.
     """
-    with at_home(Run.look(folder).path) as (folder, _):
+    with at_home(Run.look(folder).path, trust) as (folder, _):
         settings = read_config(folder / "config.yaml", overrides, spelled=spelled)
         if settings.deterministic:
             prepare_cublas()
@@ -452,12 +452,14 @@ def _train(
     say(f"best     {run.path}/student/best.safetensors, accuracy {best['accuracy']:.2%},")
     say(f"         epoch {best['epoch']}, chosen on the images it is measured on")
     say(f"report   {run.path}/report.html")
-    say(f"next     kdsurgeon export {shlex.quote(str(run.path))} student.onnx")
+    code = code_in(session.card.arch or "")
+    more = f" --trust-code {shlex.quote(session.card.arch or '')}" if code else ""
+    say(f"next     kdsurgeon export {shlex.quote(str(run.path))} student.onnx{more}")
 
 
 def evaluate_run(folder: Path, trust: Sequence[str]) -> None:
     """Student, teacher and every stone of a run on its validation data."""
-    with at_home(folder) as (folder, settings), Run.look(folder) as run:
+    with at_home(folder, trust) as (folder, settings), Run.look(folder) as run:
         session = open_session(settings, trust, folder / "plan.yaml", ALONE)
         checkpoint, complaints = run.latest_checkpoint()
         for complaint in complaints:
@@ -519,12 +521,30 @@ def _is_exact(session: Session) -> bool:
     return (device.type == "cpu" or settings.deterministic) and not settings.torch_compile
 
 
+def check_code(settings: RunConfig, trust: Sequence[str], *, of: str) -> None:
+    """Raises :class:`ModelFileError` for code that a file names and the user did not.
+
+    ``of`` is what the settings come from; ``trust`` holds what was typed, with whole paths.
+    """
+    named = (settings.teacher, settings.teacher_arch, settings.student, settings.student_arch)
+    for code in dict.fromkeys(filter(None, (code_in(spec) for spec in named if spec))):
+        if code not in trust:
+            raise ModelFileError(
+                f"{of} asks to run {code}; a file never names code.",
+                fix=f"if you trust it, type it yourself: --trust-code {shlex.quote(code)}",
+            )
+
+
 @contextmanager
-def at_home(folder: Path) -> Iterator[tuple[Path, RunConfig]]:
+def at_home(folder: Path, trust: Sequence[str] | None = None) -> Iterator[tuple[Path, RunConfig]]:
     """Work where the run was started, so that the paths in its settings mean what they meant.
 
     Yields the absolute run folder and its settings. Where the teacher is not found there (the
-    folder was moved), work where the user is.
+    folder was moved), work where the user is. Code that its models need must be among ``trust``,
+    unless that is None.
+
+    Raises:
+        ModelFileError: it is not.
     """
     folder = folder.absolute()
     settings = read_config(folder / "config.yaml")
@@ -537,6 +557,8 @@ def at_home(folder: Path) -> Iterator[tuple[Path, RunConfig]]:
     if (started_in / settings.teacher).exists() or not (home / settings.teacher).exists():
         home = started_in if started_in.is_dir() else home
     with chdir(home):
+        if trust is not None:
+            check_code(settings, trust, of=str(folder))
         yield folder, settings
 
 
