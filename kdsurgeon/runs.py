@@ -31,6 +31,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ class Run:
             lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise _cannot_write(path, error) from error
-        run = cls(path, lock)
+        run = _held[lock] = cls(path, lock)
         try:
             _hold(lock, path)
             run._tidy()
@@ -138,6 +139,7 @@ class Run:
 
     def close(self) -> None:
         if self._lock is not None:
+            _held.pop(self._lock, None)
             os.close(self._lock)
             self._lock = None
 
@@ -643,6 +645,19 @@ def _publish(draft: Path, final: Path) -> None:
         final.rename(aside)
     draft.rename(final)
     flush_folder(final.parent)
+
+
+_held: WeakValueDictionary[int, Run] = WeakValueDictionary()  # by the descriptor of its lock
+
+
+def _let_go() -> None:
+    """In a process that was forked: a worker outlives its run for seconds, and must not hold it."""
+    for run in list(_held.values()):
+        run.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _hold(lock: int, path: Path) -> None:

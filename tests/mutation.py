@@ -289,18 +289,18 @@ class Reach:
         return cls({(path, line): tests for path, line, tests in lines}, seconds)
 
     def order(self, mutant: Mutant) -> list[str]:
-        """The tests that reach what is changed, the fastest first, a minute of them.
+        """A minute of the tests that reach what is changed, the fastest first.
 
         What runs at import is reached by all. What no test reaches may run in a process that one of
-        them starts: then all, those first that take their time.
+        them starts: those that take their time come first then.
         """
         path = str(mutant.source.path)
         found = {test for at in mutant.statement for test in self.tests.get((path, at), ())}
-        if not found and mutant.is_in_function:
-            return sorted(self.seconds, key=lambda test: (-self.seconds[test], test))
         ordered = sorted(found or self.seconds, key=lambda test: (self.seconds[test], test))
-        sums = accumulate(self.seconds[test] for test in ordered)
-        return [test for test, until in zip(ordered, sums, strict=True) if until <= MINUTE]
+        if not found and mutant.is_in_function:
+            ordered.reverse()
+        sums = accumulate((self.seconds[test] for test in ordered[:-1]), initial=0.0)
+        return [test for test, before in zip(ordered, sums, strict=True) if before < MINUTE]
 
 
 class Watch:

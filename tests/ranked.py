@@ -36,7 +36,7 @@ def together(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
     context.set_forkserver_preload(["tests.warm"])
     with context.Pool(world) as pool:
         calls = [(work, rank, world, port, arguments) for rank in range(world)]
-        found = pool.starmap_async(_joined, calls, chunksize=1).get(200)
+        found = pool.starmap_async(_joined, calls, chunksize=1).get(600)
         pool.close()
         pool.join()  # they end by themselves, so that what they did is measured
         return found

@@ -343,7 +343,7 @@ def test_a_transformer_and_a_convolutional_network_teach_each_other(tell):
     assert "map→tokens" in tell("partition", tokens, "student.pt", *size, "-o", "plan.yaml")
     quick = ("--epochs", "1", "--batch-size", "256", "-o", "run")
     assert "epoch 1/1" in tell("distill", "teacher.pt", tokens, *DIGITS, *quick)
-    assert "stone 1" in tell("eval", "run")
+    assert "stone 1" in tell("eval", "run", "--trust-code", tokens)
 
 
 def test_what_is_installed_is_listed_with_where_it_comes_from(tell):
@@ -621,3 +621,38 @@ def test_one_logit_is_no_classification(capsys):
     pair = ("py:nets.py:net,width=8", "py:nets.py:net")
     assert main(["partition", *pair, "--input-size", "1,8,8"]) == 2
     assert "has one logit" in capsys.readouterr().err
+
+
+def test_labels_alone_need_no_teacher_that_knows_anything(tell):
+    untrained = ("demo/teacher", "demo/student", *ONCE, "--epochs", "1")
+    assert main(["distill", *untrained, "--method", "kd", "--dry-run"]) == 5
+    tell("distill", *untrained, "--method", "ce", "-o", "alone")
+
+
+def test_what_is_measured_and_what_is_exported_are_told_apart(tell, capsys):
+    tell("distill", *PAIR, *ONCE, "--epochs", "2", "--model-ema", "--method", "kd", "-o", "two")
+    shown = tell("eval", "two")
+    assert "as of step-" in shown
+    metrics = Path("two/metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines[0]["accuracy"] = 1.0
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "export takes that of epoch 1, the best" in tell("eval", "two")
+
+
+def test_the_accuracy_of_the_average_is_told(tell):
+    given = (*PAIR, *ONCE, "--epochs", "1", "--method", "kd", "-o", "averaged")
+    assert "student/ema.safetensors, accuracy" in tell("distill", *given, "--model-ema")
+
+
+def test_one_file_is_verified_by_its_manifest_or_its_seal(tell, capsys):
+    tell("convert", "teacher.pt", "plain.safetensors")
+    assert "by plain.safetensors.manifest.json" in tell("verify", "plain.safetensors")
+    Path("plain.safetensors.manifest.json").unlink()
+    assert "by its own seal" in tell("verify", "plain.safetensors")
+    raw = bytearray(Path("plain.safetensors").read_bytes())
+    raw[-1] ^= 1
+    Path("plain.safetensors").write_bytes(raw)
+    assert main(["verify", "plain.safetensors"]) == 3
+    assert main(["verify", "teacher.pt"]) == 3
+    assert "no manifest beside it and no seal" in capsys.readouterr().err

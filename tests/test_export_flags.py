@@ -184,6 +184,38 @@ def test_a_students_file_says_how_its_images_were_resized(run_of_three, capsys):
     assert (card.crop_pct, card.interpolation) == (0.6, "bicubic")
 
 
+def test_calibration_needs_no_classes(run_of_three, capsys):
+    images = load("digits").train.images[:40, ..., 0]
+    numbers = np.arange(40) % 2
+    np.savez("two.npz", images=images, labels=numbers, class_names=np.array(["even", "odd"]))
+    line = ["export", str(run_of_three), "x.onnx", "--int8", "--no-int8-gate"]
+    assert main([*line, "--calib-data", "two.npz"]) == 0
+    assert json.loads(read_metadata("x.int8.onnx")["class_names"]) == ["3", "0", "1"]
+
+
+def test_calibration_images_say_how_raw_ones_are_normalised():
+    line = ["export", "student.pt", "x.onnx", "--embed-preprocessing", "--input-size", "1,8,8"]
+    assert main(line) == 2
+    assert main([*line, "--mean", "0.3", "--std", "0.2"]) == 0
+
+
+CONTRADICTING = [
+    ("--static", "--dynamic-size"), ("--dynamic-size", "--embed-preprocessing"),
+    ("--int8", "--half"), ("--int8", "--static"), ("--int8", "--embed-preprocessing"),
+    ("--opset", "12"), ("--mean", "0.3"), ("--std", "0.3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", CONTRADICTING)
+def test_contradictions_are_refused_before_anything_is_read(flags, monkeypatch, capsys):
+    def never(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("kdsurgeon.cli.deploy.load_model", never)
+    assert main([*EXPORT, *flags]) == 2
+    assert "fix:" in capsys.readouterr().err
+
+
 # Options that would be ignored, and wrong targets
 
 

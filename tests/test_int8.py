@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from kdsurgeon.errors import NumericsError, ResourceError, UsageError
-from kdsurgeon.exporting import Exported, export, qdq, quantize, read_metadata
+from kdsurgeon.exporting import Exported, accuracy, export, qdq, quantize, read_metadata
 from kdsurgeon.exporting.int8 import MAX_DROP, MIN_AGREEMENT, Int8
 from kdsurgeon.exporting.sensitivity import divergence, sensitivities
 
@@ -294,6 +294,25 @@ def test_a_mean_becomes_a_pooling_where_it_is_one(
 
 
 # Dynamic
+
+
+def test_a_file_that_rounds_by_its_input_is_judged_one_sample_at_a_time(exported, tmp_path):
+    path = tmp_path / "s.int8.onnx"
+    sizes = 10.0 ** torch.linspace(-2, 2, 60)[:, None, None, None]
+    samples = images(60, seed=9) * sizes  # small ones are nothing in the range of large ones
+    plain = onnxruntime.InferenceSession(exported.path)
+    labels = torch.from_numpy(plain.run(None, {"input": samples.numpy()})[0]).argmax(1)
+    done = quantize(
+        exported.path, path, None, samples=samples, labels=labels, mode="dynamic", gate=False
+    )
+    run = onnxruntime.InferenceSession(path)
+
+    def right(batch: int) -> float:
+        parts = [run.run(None, {"input": part.numpy()})[0] for part in samples.split(batch)]
+        return (torch.from_numpy(np.concatenate(parts)).argmax(1) == labels).double().mean().item()
+
+    assert right(1) > right(60), "the batch tells"
+    assert done.agreement == done.accuracy == right(1) == accuracy(path, samples, labels)
 
 
 def test_dynamic_quantization_needs_no_calibration_and_rounds_matrix_products_only(

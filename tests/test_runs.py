@@ -147,6 +147,29 @@ def hold(path, ready, done):
         done.wait(30)
 
 
+def test_a_worker_that_outlives_its_run_does_not_hold_it(tmp_path):
+    held, woken = os.pipe()
+    there, begun = os.pipe()
+    run = Run.create(tmp_path / "run")
+    run.write("config.yaml", "")
+    worker = os.fork()
+    if worker == 0:  # as one that reads images: it waits, and ends some seconds after its run
+        os.close(woken)
+        os.write(begun, b"!")
+        os.read(held, 1)
+        os._exit(0)
+    try:
+        os.read(there, 1)
+        os.close(run._lock)  # as a killed process closes it
+        with Run.resume(tmp_path / "run") as again:
+            assert again.path == run.path
+    finally:
+        for descriptor in (woken, held, there, begun):
+            os.close(descriptor)
+        os.waitpid(worker, 0)
+        run._lock = None
+
+
 def test_a_folder_in_use_is_refused_and_free_again_afterwards(run):
     run.close()
     context = multiprocessing.get_context("spawn")

@@ -8,7 +8,7 @@ from kdsurgeon.checkpoints.arrays import read_arrays
 from kdsurgeon.checkpoints.conversion import Conversion, convert
 from kdsurgeon.checkpoints.disk import write_whole
 from kdsurgeon.checkpoints.models import Loaded, is_file, load_model
-from kdsurgeon.checkpoints.reader import ModelFile, read_model
+from kdsurgeon.checkpoints.reader import ModelFile, read_model, verify_file
 from kdsurgeon.checkpoints.specs import build, code_in
 from kdsurgeon.checkpoints.store import (
     INTERPOLATIONS,
@@ -37,6 +37,7 @@ __all__ = [
     "read_sealed",
     "read_tensors",
     "save_model",
+    "verify_file",
     "write_tensors",
     "write_whole",
 ]

@@ -31,7 +31,14 @@ from kdsurgeon.checkpoints.pickles import (
     storages_in,
 )
 from kdsurgeon.checkpoints.specs import importable_from
-from kdsurgeon.checkpoints.store import MAX_TENSORS, ModelCard, card_from, parse, unpack_card
+from kdsurgeon.checkpoints.store import (
+    MAX_TENSORS,
+    SEAL_KEY,
+    ModelCard,
+    card_from,
+    parse,
+    unpack_card,
+)
 from kdsurgeon.errors import ModelFileError, ResourceError, UsageError
 
 MAX_DEPTH = 16
@@ -113,6 +120,25 @@ def check_manifest(path: Path, sha256: str) -> None:
             fix=f"copy it again; expected sha256 from {manifest.name}: "
             f"{printable(str(expected))[:12]}…, found: {sha256[:12]}…",
         )
+
+
+def verify_file(path: Path) -> str:
+    """What a model file agrees with: the manifest beside it, or the seal inside of it.
+
+    Raises:
+        ModelFileError: it does not agree, or has neither.
+    """
+    raw = read_once(path)
+    if manifest_of(path).is_file():
+        check_manifest(path, hashlib.sha256(raw).hexdigest())
+        return manifest_of(path).name
+    if kind_of(raw, str(path)) == "safetensors" and SEAL_KEY in parse(raw, str(path))[1]:
+        return "its own seal"
+    raise ModelFileError(
+        f"{path} has no manifest beside it and no seal of kdsurgeon.",
+        fix="name a run, a checkpoint, or a file that kdsurgeon wrote; `kdsurgeon convert` gives "
+        "the tensors of another one a manifest",
+    )
 
 
 def _trusted_hash(entry: str) -> str:

@@ -48,6 +48,7 @@ def export_student(
     inputs.check_threads(threads)
     if tolerance is not None and not 0 <= tolerance <= 1:
         raise UsageError(f"--tolerance {tolerance} is not between 0 and 1.", fix="1e-5 is usual")
+    flags.check(int8=int8 is not None)
     _check_run(target, last)
     exportee = _student(target, arch, trust, data_dir, wishes, last)
     loaded, data = exportee.loaded, exportee.data
@@ -55,7 +56,7 @@ def export_student(
         raise UsageError("int8 must be calibrated on images.", fix="--calib-data FOLDER, or digits")
     images = None
     if int8 is not None:
-        source = _data(loaded, calib_data, exportee.wishes) if calib_data is not None else data
+        source = data if calib_data is None else _images(loaded, calib_data, exportee.wishes)
         images = int8.spread(source.train) if source else None
         exportee = replace(exportee, calibration=source)
     example = (
@@ -169,6 +170,14 @@ def _own_arch(settings: RunConfig, trust: Sequence[str]) -> str | None:
     own = settings.student_arch or settings.student
     code = code_in(own)
     return own if (settings.student_arch and not code) or code in trust else None
+
+
+def _images(loaded: Loaded, source: str, wishes: DataRecipe) -> Split:
+    """Images to set ranges by, of whatever classes, that the model takes."""
+    settings = inputs.data_settings(source, wishes.replace(classes=None))
+    split = inputs.load_data(settings, loaded.card)
+    inputs.count_classes(loaded, torch.zeros((1, *split.train.input_size)))
+    return split
 
 
 def _data(loaded: Loaded, source: str, wishes: DataRecipe) -> Split:

@@ -130,6 +130,12 @@ def image_wishes(
     input_size: str | None, mean: str | None, std: str | None, max_bad_images: int | None
 ) -> DataRecipe:
     """What four flags say of the images; its ``model_fields_set`` names those that were given."""
+    if (mean is None) is not (std is None):
+        missing = "--std" if std is None else "--mean"
+        raise UsageError(
+            f"{missing} is missing: images are normalised with both.",
+            fix=f"give {missing}, too, a number for each channel",
+        )
     given = {
         "input_size": parse_size(input_size),
         "mean": parse_numbers(mean, "--mean"),

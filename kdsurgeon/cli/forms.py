@@ -34,6 +34,16 @@ class FormFlags:
     embed_preprocessing: bool = False
     license: str | None = None
 
+    def check(self, *, int8: bool) -> None:
+        """Raises :class:`UsageError` for a form that contradicts itself, before any work."""
+        some = Preprocessing((1, 1, 1), (0.0,), (1.0,)) if self.embed_preprocessing else None
+        form = Form(
+            opset=self.opset, batch=1 if self.static else None, dynamic_size=self.dynamic_size,
+            half=self.half, preprocessing=some,
+        )  # fmt: skip
+        if int8:
+            form.check_int8()
+
 
 @dataclass(frozen=True)
 class Exportee:
@@ -144,9 +154,9 @@ def _preprocessing(exportee: Exportee, example: Tensor) -> Preprocessing:
     channels, height, width = example.shape[1:]
     wishes, card, scale = exportee.wishes, exportee.loaded.card, 255.0
     mean, std = wishes.mean or card.mean, wishes.std or card.std
-    if exportee.data is not None:
-        train = exportee.data.train
-        mean, std, scale = train.mean, train.std, train.scale
+    images = exportee.data or exportee.calibration
+    if images is not None:
+        mean, std, scale = images.train.mean, images.train.std, images.train.scale
     if not mean or not std:
         raise UsageError(
             f"how {exportee.loaded.name} wants its images normalised is not known.",

@@ -158,17 +158,20 @@ def convert(
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="a run, or a folder with a manifest")],
+    target: Annotated[Path, typer.Argument(help="a run, a folder with a manifest, a model file")],
 ) -> None:
-    """Compare every file of a folder with the size and sha256 in its manifest."""
+    """Compare every file of a folder, or one file, with the size and sha256 that were written."""
+    from kdsurgeon.checkpoints import verify_file
     from kdsurgeon.runs import verify as verify_folder
     from kdsurgeon.runs import verify_run
 
-    if (folder / "config.yaml").is_file():
-        for line in verify_run(folder):
+    if target.is_file():
+        say(f"{target}: what was written, by {verify_file(target)}")
+    elif (target / "config.yaml").is_file():
+        for line in verify_run(target):
             say(line)
     else:
-        say(f"{folder}: {verify_folder(folder)} files are what was written")
+        say(f"{target}: {verify_folder(target)} files are what was written")
 
 
 def plugins() -> None:

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
@@ -180,7 +181,9 @@ def _taught(teacher: Loaded, train: Batches, path: str | None, ranks: Ranks) -> 
 def _joined(settings: RunConfig, ranks: Ranks) -> Iterator[None]:
     """With the other processes of the run, where torchrun started several."""
     device = inputs.pick_device(settings.device)
-    with ranks.joined(device, speak=lambda: hush(False)):
+    with warnings.catch_warnings(), ranks.joined(device, speak=lambda: hush(False)):
+        # torch's remark on 1×1 kernels, whose gradients lie alike in either layout
+        warnings.filterwarnings("ignore", "Grad strides do not match", UserWarning)
         ranks.device(settings.device, inputs.pick_device)
         yield
 
@@ -433,7 +436,8 @@ def _train(
         name = signal.Signals(number).name
         raise Interrupted(
             f"interrupted ({name}): everything is saved in {run.path}.",
-            fix=f"go on: kdsurgeon distill --resume {shlex.quote(str(run.path))}",
+            fix=f"go on: kdsurgeon distill --resume {shlex.quote(str(run.path))}"
+            f"{_typed_again(settings.teacher, settings.teacher_arch, *_student(settings))}",
             exit_code=128 + number,
         )
     final = None
@@ -452,9 +456,21 @@ def _train(
     say(f"best     {run.path}/student/best.safetensors, accuracy {best['accuracy']:.2%},")
     say(f"         epoch {best['epoch']}, chosen on the images it is measured on")
     say(f"report   {run.path}/report.html")
-    code = code_in(session.card.arch or "")
-    more = f" --trust-code {shlex.quote(session.card.arch or '')}" if code else ""
-    say(f"next     kdsurgeon export {shlex.quote(str(run.path))} student.onnx{more}")
+    averages = [line["ema_accuracy"] for line in lines if line.get("ema_accuracy") is not None]
+    if averages:
+        say(f"average  {run.path}/student/ema.safetensors, accuracy {averages[-1]:.2%}")
+    again = _typed_again(*_student(settings))
+    say(f"next     kdsurgeon export {shlex.quote(str(run.path))} student.onnx{again}")
+
+
+def _student(settings: RunConfig) -> tuple[str | None, ...]:
+    return settings.student, settings.student_arch
+
+
+def _typed_again(*specs: str | None) -> str:
+    """The flags that let code run which a run names, as it was typed when the run began."""
+    code = dict.fromkeys(spec for spec in specs if spec and code_in(spec))
+    return "".join(f" --trust-code {shlex.quote(spec)}" for spec in code)
 
 
 def evaluate_run(folder: Path, trust: Sequence[str]) -> None:
@@ -468,10 +484,21 @@ def evaluate_run(folder: Path, trust: Sequence[str]) -> None:
             raise UsageError(f"{folder} has no checkpoint yet.", fix="let it train for an epoch")
         ready = session.prepare()
         ready.load(checkpoint)
+        say(f"student  {_which(run, checkpoint)}")
         if isinstance(ready.model, SteppingStones):
             out.print(accuracy_table(evaluate(ready.model, session.validation)))
         else:
             say(f"student  accuracy {accuracy(ready.student, session.validation):.2%}")
+
+
+def _which(run: Run, checkpoint: Checkpoint) -> str:
+    """Of which update the measured weights are, and that an export takes others where it does."""
+    lines = run.metrics()
+    best = max(lines, key=lambda line: line["accuracy"] or 0.0, default=None)
+    text = f"as of {checkpoint.path.name}, the newest checkpoint"
+    if best is None or best is lines[-1]:
+        return text
+    return f"{text}; export takes that of epoch {best['epoch']}, the best, unless --last is given"
 
 
 def evaluate_model(

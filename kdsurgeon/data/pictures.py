@@ -154,7 +154,7 @@ class Pictures:
             raise DataError(
                 f"{self.name}: the image {self.ids[row]} cannot be read.",
                 why=reason(error),
-                fix="repair or remove it, or leave such images out, by name: --max-bad-images 1 "
+                fix="repair or remove it, or leave such images out, by name: --max-bad-images N "
                 "(every image is then decoded once before the run)",
             ) from error
 

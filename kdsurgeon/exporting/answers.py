@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from kdsurgeon.exporting.samples import Samples, chunks, count, repeated
 from kdsurgeon.exporting.staging import first_line
 from kdsurgeon.tracing import Inputs
 
+QUANTIZATION = "kdsurgeon.quantization"  # how a file was rounded, in its metadata
 CHUNK = 64  # samples per run when all are run; bounds the memory, not the result
 
 
@@ -110,8 +112,11 @@ def logits(
 ) -> Tensor:
     """What the session computes for ``samples`` (n, …), :data:`CHUNK` at a time: (n, classes).
 
-    A file that takes one ``batch`` size only is given that; the last batch is filled up.
+    A file that takes one ``batch`` size only is given that; the last batch is filled up. One that
+    rounds by the range of what it is given is given one sample at a time, as it is used.
     """
+    if batch is None and _rounds_by_its_input(run):
+        batch = 1
     given = run.get_inputs()
     if isinstance(samples, Tensor) or len(given) == 1:
         value = samples if isinstance(samples, Tensor) else next(iter(samples.values()))
@@ -122,6 +127,15 @@ def logits(
         wanted = count(chunk)
         found.append(_run(run, repeated(chunk, batch or wanted), path)[:wanted])
     return torch.cat(found)
+
+
+def _rounds_by_its_input(run: onnxruntime.InferenceSession) -> bool:
+    """Whether it is an int8 file of ours that rounds dynamically, so that a batch has one range."""
+    said = run.get_modelmeta().custom_metadata_map.get(QUANTIZATION, "{}")
+    try:
+        return json.loads(said)["mode"] == "dynamic"
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _run(run: onnxruntime.InferenceSession, chunk: Samples, path: Path) -> Tensor:

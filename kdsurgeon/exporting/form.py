@@ -44,6 +44,19 @@ class Form:
         found = {PRECISION: "fp16"} if self.half else {}
         return found | ({OUTPUT: "probabilities"} if self.softmax else {})
 
+    def check_int8(self) -> None:
+        """Raises :class:`UsageError` where no int8 file can be made of one of this form."""
+        for is_set, what in (
+            (self.half, "fp16"),
+            (self.preprocessing is not None, "with preprocessing inside"),
+            (self.batch is not None, "of a fixed batch"),
+        ):
+            if is_set:
+                raise UsageError(
+                    f"int8 is made of an fp32 file; one {what} was asked for.",
+                    fix="export twice, under two names: once with --int8 and once without",
+                )
+
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
             raise UsageError(
@@ -58,4 +71,5 @@ class Form:
             raise UsageError(
                 f"a free size and {other} exclude each other.",
                 why="such a file has sizes that are fixed",
+                fix="leave one of the two out",
             )

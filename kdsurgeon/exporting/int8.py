@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kdsurgeon.errors import NumericsError, UsageError
 from kdsurgeon.exporting import qdq, runtime
-from kdsurgeon.exporting.answers import logits, predicted
+from kdsurgeon.exporting.answers import QUANTIZATION, logits, predicted
 from kdsurgeon.exporting.form import VERIFIED
 from kdsurgeon.exporting.gate import read_onnx, session, vouch
 from kdsurgeon.exporting.interface import check_interface
@@ -220,7 +220,7 @@ def _finished(
     properties.pop(VERIFIED, None)  # said of the fp32 file; this one differs
     if excluded:
         scheme = {**scheme, "fp32_nodes": ", ".join(excluded)}
-    properties["kdsurgeon.quantization"] = json.dumps(scheme)
+    properties[QUANTIZATION] = json.dumps(scheme)
     onnx.helper.set_model_props(model, dict(sorted(properties.items())))
     return model
 

@@ -110,7 +110,7 @@ def export(
     _check_options(form, metadata or {}, named, samples, labels, calibration)
     quantized = _int8_path(path, calibration, int8_path)
     if calibration is not None or make_int8 is not None:
-        _check_int8_form(form)
+        form.check_int8()
     twin = resting(model)
     size = _check_weights(twin)
     form = replace(form, external=form.external or size > external.MAX_BYTES)
@@ -304,19 +304,6 @@ def _int8_path(
     if chosen.absolute() == path.absolute():
         raise UsageError(f"{path} cannot be both the fp32 and the int8 file.")
     return chosen
-
-
-def _check_int8_form(form: Form) -> None:
-    for is_set, what in (
-        (form.half, "fp16"),
-        (form.preprocessing is not None, "with preprocessing inside"),
-        (form.batch is not None, "of a fixed batch"),
-    ):
-        if is_set:
-            raise UsageError(
-                f"int8 is made of an fp32 file; one {what} was asked for.",
-                fix="export twice, under two names",
-            )
 
 
 def _check_weights(model: nn.Module) -> int:
