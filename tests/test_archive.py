@@ -304,3 +304,32 @@ def test_a_changed_byte_of_a_record_is_named_with_its_place(monkeypatch):
         ModelFileError, match=rf'"net/data/0" fails its checksum \(byte {record.start}'
     ):
         check_crc(record, bytes(raw), "net.pt")
+
+
+def test_long_sizes_of_a_packed_record_are_told_apart(monkeypatch):
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
+    stream = BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("net/first", "net/second"):
+            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
+                member.write(b"")
+        archive.writestr("net/third", bytes(500), zipfile.ZIP_DEFLATED)
+    raw = stream.getvalue()
+    with zipfile.ZipFile(BytesIO(raw)) as archive:
+        known = archive.getinfo("net/third")
+    found = read_records(raw, "net.pt")[2]
+    assert (found.size, found.packed, found.offset) == (
+        500,
+        known.compress_size,
+        known.header_offset,
+    )
+    assert found.size != found.packed and found.method == zipfile.ZIP_DEFLATED
+
+
+def test_a_long_field_that_ends_behind_its_record_is_refused(monkeypatch):
+    raw = bytearray(written(monkeypatch, 10))
+    length = _long_field(raw) + 2
+    (size,) = struct.unpack_from("<H", raw, length)
+    struct.pack_into("<H", raw, length, size + 1)
+    with pytest.raises(ModelFileError, match="a long record has no long size"):
+        read_records(bytes(raw), "net.pt")

@@ -211,6 +211,9 @@ LIMITS: dict[str, tuple[str, Callable[[int], bytes], str]] = {
     "items of calls": (
         "MAX_ITEMS", lambda n: called("torch.device", *[number(1)] * n), "too many items"
     ),
+    "entries": (
+        "MAX_ITEMS", lambda n: b"}" + MARK + (text("a") + b"N") * n + b"u", "too many items"
+    ),
     "tensors": (
         "MAX_TENSORS", lambda n: tupled(*[tensor(storage(), *POINT)] * n), "more than 6 tensors"
     ),
@@ -220,8 +223,8 @@ LIMITS: dict[str, tuple[str, Callable[[int], bytes], str]] = {
 @pytest.mark.parametrize("name", LIMITS)
 def test_as_much_as_is_allowed_is_read_and_no_more(name, monkeypatch):
     limit, made, words = LIMITS[name]
-    twice = 2 if name == "items of lists" else 1  # above their mark, and in the list
-    monkeypatch.setattr(pickles, limit, 6 * twice)
+    often = {"items of lists": 2, "entries": 4}.get(name, 1)  # above their mark, and where they go
+    monkeypatch.setattr(pickles, limit, 6 * often)
     assert read(made(6)) is not None
     with pytest.raises(ModelFileError) as refused:
         read(made(7))

@@ -272,6 +272,29 @@ def test_prefixes_that_all_names_carry_are_left_out(names, bare):
     assert list(reader.strip_prefixes(dict.fromkeys(names, 0))) == bare
 
 
+def test_a_legacy_file_that_is_trusted_is_loaded_with_its_objects(tmp_path):
+    path = tmp_path / "old.pt"
+    net = torch.nn.Linear(2, 3)
+    torch.save({"model": net, "arch": "demo/student"}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ModelFileError, match=r"in the format of torch before 1\.6") as refused:
+        reader.read_model(path)
+    (trust,) = [word for word in refused.value.notes["fix"].split() if word.startswith("sha256:")]
+    assert len(trust) == len("sha256:") + 12
+    found = reader.read_model(path, trust=[trust])
+    assert found.module is not None and torch.equal(found.tensors["weight"], net.weight)
+    assert (found.key, found.card.arch) == ("model", "demo/student")
+
+
+def test_weights_of_other_things_are_named_up_to_three(tmp_path):
+    state = {name: torch.ones(1) for name in "ab"} | dict.fromkeys("vwxyz", 3)
+    with pytest.raises(ModelFileError, match=r"among its weights: 'v', 'w', 'x'\."):
+        reader._from_objects(state, tmp_path / "net.pt", HASH)
+    deep = {"state_dict": {"a": torch.ones(1)}, "more": nested(16)}
+    with pytest.raises(ModelFileError, match="nested deeper than allowed"):
+        reader._from_objects(deep, tmp_path / "net.pt", HASH)
+    assert reader._describe({"k" * 50: 1}) == f"a dict without weights ('{'k' * 39})"
+
+
 # Writing
 
 
