@@ -141,7 +141,7 @@ def recut(whole: Partition, captured: Trace) -> Partition:
             raise PlanError(
                 f"{captured.name} does not compute {missing[0]} in training mode.",
                 where=f"cut at {point.name}",
-                fix=f"`kdsurgeon inspect {captured.name}` lists the cut points",
+                fix=f"`kdsurgeon inspect` lists the cut points of {captured.name}",
             )
         at = position[captured.nodes[point.main.name]]
         alive = [node for node in nodes[: at + 1] if last_read[node] > at]
@@ -394,12 +394,12 @@ def _check_cuts(trace: Trace, cuts: Sequence[CutPoint]) -> None:
             raise PlanError(
                 f"{trace.name} has no node {missing[0]}.",
                 fix=nearest(missing[0], known)
-                or f"`kdsurgeon inspect {trace.name}` lists the cut points",
+                or f"`kdsurgeon inspect` lists the cut points of {trace.name}",
             )
         raise PlanError(
             f"{trace.name} cannot be cut at {point.name}.",
             why="other tensors are still needed there",
-            fix=f"`kdsurgeon inspect {trace.name}` lists the cut points",
+            fix=f"`kdsurgeon inspect` lists the cut points of {trace.name}",
         )
     for earlier, later in pairwise(cuts):
         if known[earlier.name] >= known[later.name]:

@@ -275,3 +275,11 @@ def test_weights_that_are_not_beside_their_file_are_named(capsys):
     assert main(["benchmark", "x.onnx"]) == 3
     shown = capsys.readouterr().err
     assert data.name in shown and "under the names they were written with" in shown
+
+
+def test_a_file_of_one_image_at_a_time_is_not_timed_on_four(capsys):
+    assert main([*EXPORT, "--static"]) == 0
+    capsys.readouterr()
+    assert main(["benchmark", "x.onnx", "-b", "4"]) == 2
+    said = capsys.readouterr().err
+    assert "x.onnx takes 1 sample at a time, not 4" in said and "--batch-size 1" in said

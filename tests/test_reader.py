@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdsurgeon.checkpoints import ModelCard, disk, reader
+from kdsurgeon.checkpoints import ModelCard, disk, model_hash, reader
 from kdsurgeon.checkpoints.archive import Record, read_records
 from kdsurgeon.checkpoints.pickles import Storage, View
 from kdsurgeon.errors import ModelFileError, ResourceError, UsageError
@@ -326,3 +326,19 @@ def test_what_a_full_disk_needs_is_told(tmp_path, monkeypatch):
 )
 def test_bytes_in_words_are_rounded_up(count, text):
     assert disk.in_words(count) == text
+
+
+def test_the_hash_of_a_model_is_of_its_modules_and_all_its_values():
+    def net(width: int = 3) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(2, width), torch.nn.BatchNorm1d(width))
+
+    one, moved, buffer = net(), net(), net()
+    with torch.no_grad():
+        moved[0].bias[0] += 1e-6
+        buffer[1].running_mean[0] = 1e-6
+    hashes = [model_hash(each) for each in (one, net(), moved, buffer, net(4))]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 4
+    renamed = torch.nn.Sequential(*net())
+    renamed.weight = torch.nn.Parameter(torch.ones(1))
+    assert model_hash(renamed) != hashes[0]

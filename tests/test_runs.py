@@ -612,6 +612,15 @@ def test_an_ended_run_is_sealed_and_going_on_with_it_breaks_the_seal(run):
         assert "has not ended" in verify_run(run.path)[-1]
 
 
+def test_a_link_that_leads_nowhere_is_a_missing_file(run):
+    save(run, 1)
+    run.seal()
+    (run.path / "config.yaml").unlink()
+    (run.path / "config.yaml").symlink_to("nowhere")
+    with pytest.raises(ModelFileError, match=r"config\.yaml is missing"):
+        verify(run.path)
+
+
 def test_a_line_of_metrics_that_is_no_json_is_named(run):
     (run.path / "metrics.jsonl").write_text('{"epoch": 1}\nnot JSON\n')
     with pytest.raises(ModelFileError, match=r"metrics\.jsonl is damaged") as caught:

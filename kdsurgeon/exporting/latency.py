@@ -23,6 +23,7 @@ from kdsurgeon.errors import UsageError
 from kdsurgeon.exporting.answers import resting
 from kdsurgeon.exporting.form import PRECISION
 from kdsurgeon.exporting.gate import read_onnx, session
+from kdsurgeon.exporting.interface import fixed_batch
 from kdsurgeon.exporting.memory import peak_of
 from kdsurgeon.exporting.preprocessing import IMAGE
 from kdsurgeon.exporting.staging import first_line
@@ -219,6 +220,12 @@ def _compiled(target: nn.Module, inputs: Tensor) -> Call:
 def _onnx(target: Target, inputs: Tensor, threads: int) -> Call:
     assert not isinstance(target, nn.Module)
     run = session(target, threads=threads, sample=inputs.shape[1:])
+    only = fixed_batch(run)
+    if only not in (None, len(inputs)):
+        raise UsageError(
+            f"{target} takes {only} sample{'s' * (only != 1)} at a time, not {len(inputs)}.",
+            fix=f"--batch-size {only}, or export it without --static",
+        )
     feed = {run.get_inputs()[0].name: inputs.numpy()}
     return lambda: run.run(None, feed)
 
