@@ -116,6 +116,13 @@ def test_what_flags_say_of_the_images_is_stored_without_data():
     assert main([*line, "--mean", "0.3,0.3", "--std", "0.2,0.2"]) in (2, 4)
 
 
+def test_a_mean_of_images_in_0_to_255_is_doubted(capsys):
+    assert main([*EXPORT, "--mean", "78", "--std", "96"]) == 0
+    assert "--mean above 1" in capsys.readouterr().err
+    assert main([*EXPORT, "--mean", "1", "--std", "0.5"]) == 0
+    assert "--mean above 1" not in capsys.readouterr().err
+
+
 def test_calibration_images_say_how_they_are_normalised_and_judge_no_accuracy(capsys):
     assert main(["export", "student.pt", "x.onnx", "--int8", "--calib-data", "digits"]) == 0
     shown = capsys.readouterr().out

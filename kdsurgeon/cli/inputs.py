@@ -195,6 +195,8 @@ def load_data(config: RunConfig, card: ModelCard) -> Split:
         split = data.select_classes(split, data.read_class_map(wishes.classes))
     for note in split.notes:
         say(note)
+    if max(map(abs, wishes.mean or (0.0,))) > 1:
+        warn("--mean above 1: it is that of images in 0..1; of images in 0..255, divide it by 255")
     for bad in split.bad:
         warn(f"left out {bad.path}: {bad.reason}")
     mean, std = (",".join(f"{v:.4g}" for v in each) for each in (split.train.mean, split.train.std))
