@@ -83,7 +83,6 @@ AREAS = {
             "test_plan.py",
             "test_stones.py",
             "test_alignment.py",
-            "test_sharding.py",
             "test_ladder.py",
             "test_types.py",
         ),

@@ -318,6 +318,8 @@ def test_what_a_full_disk_needs_is_told(tmp_path, monkeypatch):
     assert isinstance(told, ResourceError)
     assert told.notes["room"] == "it needs 102 MB, 38 MB are free"
     assert "room" not in disk.cannot_write(tmp_path / "x", OSError(13, "no"), needs=1).notes
+    nameless = disk.cannot_write(tmp_path / "x", OSError("odd"), needs=1).notes
+    assert (nameless["why"], nameless.get("fix")) == ("odd", None)
 
 
 @pytest.mark.parametrize(

@@ -612,6 +612,22 @@ def test_an_ended_run_is_sealed_and_going_on_with_it_breaks_the_seal(run):
         assert "has not ended" in verify_run(run.path)[-1]
 
 
+@pytest.mark.parametrize("facts", [{"kind": "run", "step": 1}, {"kind": "checkpoint", "step": 2}])
+def test_the_manifest_of_another_folder_is_no_checkpoints(run, facts):
+    save(run, 1)
+    path = run.path / "checkpoints" / "step-000001"
+    assert read_checkpoint(path).facts["kind"] == "checkpoint"
+    known = json.loads((path / "MANIFEST.json").read_bytes())
+    (path / "MANIFEST.json").write_bytes(runs._manifest(facts, known["files"]))
+    with pytest.raises(ModelFileError, match="is that of another folder"):
+        read_checkpoint(path)
+    others = {name: each for name, each in known["files"].items() if name != "state.json"}
+    right = {"kind": "checkpoint", "step": 1}
+    (path / "MANIFEST.json").write_bytes(runs._manifest(right, others))
+    with pytest.raises(ModelFileError, match="is that of another folder"):
+        read_checkpoint(path)
+
+
 def test_a_link_that_leads_nowhere_is_a_missing_file(run):
     save(run, 1)
     run.seal()
