@@ -65,6 +65,10 @@ ARGUMENTS = [
     *("--set", "optim.model_ema=true", "--set", "checkpoint_every=1"),
     *("--set", "loss.stones=random"),
 ]
+RESUME = [
+    *("distill", "--resume", "run"),
+    *("--trust-code", "py:nets.py:teacher", "--trust-code", "py:nets.py:student"),
+]
 
 
 NEVER = 1 << 60
@@ -108,7 +112,7 @@ class Server:
     def run(self, kill: Kill | None) -> int:
         """Start the run or go on with it; its exit code, or -9."""
         is_begun = (self.folder / "config.yaml").is_file()
-        arguments = ["distill", "--resume", "run"] if is_begun else [*ARGUMENTS, "-o", "run"]
+        arguments = RESUME if is_begun else [*ARGUMENTS, "-o", "run"]
         child = os.fork()
         if child == 0:
             _play(self.base, arguments, kill.calls if kill else None)
