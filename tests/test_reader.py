@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdsurgeon.checkpoints import ModelCard, disk, model_hash, reader
+from kdsurgeon.checkpoints import ModelCard, archive, disk, model_hash, pickles, reader, store
 from kdsurgeon.checkpoints.archive import Record, read_records
 from kdsurgeon.checkpoints.pickles import Storage, View
 from kdsurgeon.errors import ModelFileError, ResourceError, UsageError
@@ -293,6 +293,21 @@ def test_weights_of_other_things_are_named_up_to_three(tmp_path):
     with pytest.raises(ModelFileError, match="nested deeper than allowed"):
         reader._from_objects(deep, tmp_path / "net.pt", HASH)
     assert reader._describe({"k" * 50: 1}) == f"a dict without weights ('{'k' * 39})"
+
+
+def test_the_limits_are_those_that_are_promised():
+    assert (pickles.MAX_PICKLE, pickles.MAX_STEPS, pickles.MAX_ITEMS) == (
+        2**26,
+        4 * 10**6,
+        4 * 10**6,
+    )
+    assert (reader.MAX_DEPTH, reader.MAX_AXES, reader.MAX_OVERLAP) == (16, 64, 8)
+    assert (reader.MAX_TENSORS, archive.MAX_RECORDS, reader.MAX_MANIFEST) == (
+        10**5,
+        2 * 10**5,
+        2**20,
+    )
+    assert (store.MAX_HEADER, disk.BATCH) == (2**24, 2**20)
 
 
 # Writing

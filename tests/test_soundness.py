@@ -639,3 +639,19 @@ def test_the_hash_is_of_the_model_and_all_its_weights(tmp_path):
         (tmp_path / "w.bin").write_bytes(np.array(values, "<f4").tobytes())
         hashes.add(gate.read_onnx(tmp_path / "x.onnx").sha256)
     assert len(hashes) == 2
+
+
+@pytest.mark.parametrize(("asked", "given"), [({}, 3), ({"threads": 0}, 3), ({"threads": 2}, 2)])
+def test_as_many_threads_as_torch_has_are_used_unless_told(asked, given, tmp_path, monkeypatch):
+    path = tmp_path / "x.onnx"
+    path.write_bytes(model().SerializeToString())
+    gate.vouch(path)
+    monkeypatch.setattr(gate.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(gate.runtime, "open_session", lambda content, outside, threads: threads)
+    assert gate.session(path, **asked) == given
+
+
+def test_the_limits_are_those_that_are_promised():
+    assert (gate.MAX_FILE, beside.MAX_DATA) == (2**31 - 1, 16 * 2**30)
+    assert (trial.SECONDS, trial.SPARE_MEMORY) == (60, 4 * 2**30)
+    assert (soundness.MAX_ELEMENTS, soundness.MAX_SAID) == (2**28, 2**40)
