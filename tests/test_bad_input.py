@@ -1410,7 +1410,7 @@ def test_verify_names_the_file_that_changed(run, refused):
     damage(sorted((run / "checkpoints").iterdir())[-1])
     refused(["verify", run], 3, "student.safetensors is changed")
     refused(["verify", "absent"], 3, "absent has no MANIFEST.json")
-    refused(["verify", "teacher.pt"], 3, "teacher.pt is a file", "name a run folder")
+    refused(["verify", "teacher.pt"], 3, "teacher.pt has no manifest beside it", "name a run")
 
 
 def test_int8_that_loses_too_much_is_refused_with_both_figures(refused):

@@ -137,7 +137,10 @@ def test_what_the_command_line_shared_out_is_looked_at_alone(tmp_path, monkeypat
     assert done.stdout.count("MB on each of 2 processes") == 1
     assert done.stdout.count("MB of weights on each process, by FSDP2") == 1
     monkeypatch.chdir(tmp_path / "one")
-    assert main(["eval", "run"]) == 0
+    code = [
+        word for name in ("teacher", "student") for word in ("--trust-code", f"py:nets.py:{name}")
+    ]
+    assert main(["eval", "run", *code]) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["teacher", "100.0", "%", "–"] in table
     assert all(line.split() in table for line in done.stdout.splitlines() if " stone " in line)
