@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from os.path import samestat
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -652,8 +653,12 @@ _held: WeakValueDictionary[int, Run] = WeakValueDictionary()  # by the descripto
 
 def _let_go() -> None:
     """In a process that was forked: a worker outlives its run for seconds, and must not hold it."""
-    for run in list(_held.values()):
-        run.close()
+    for lock, run in list(_held.items()):
+        with suppress(OSError):
+            if samestat(os.fstat(lock), (run.path / ".lock").stat()):  # and nothing else by now
+                os.close(lock)
+        run._lock = None
+    _held.clear()
 
 
 if hasattr(os, "register_at_fork"):

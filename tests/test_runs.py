@@ -170,6 +170,22 @@ def test_a_worker_that_outlives_its_run_does_not_hold_it(tmp_path):
         run._lock = None
 
 
+def test_a_worker_closes_no_file_but_the_lock(tmp_path):
+    run = Run.create(tmp_path / "run")
+    os.close(run._lock)
+    with (tmp_path / "other").open("w") as other:
+        assert other.fileno() == run._lock, "the number is in use again"
+        worker = os.fork()
+        if worker == 0:
+            try:
+                os.write(other.fileno(), b"open")
+            finally:
+                os._exit(0)
+        os.waitpid(worker, 0)
+        run._lock = None
+    assert (tmp_path / "other").read_text() == "open"
+
+
 def test_a_folder_in_use_is_refused_and_free_again_afterwards(run):
     run.close()
     context = multiprocessing.get_context("spawn")
