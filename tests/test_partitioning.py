@@ -3,12 +3,13 @@ from dataclasses import replace
 import networkx as nx
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from kdsurgeon.errors import PlanError
 from kdsurgeon.layouts import describe_activations
 from kdsurgeon.partitioning import activations, cut, find_cut_points, fingerprint, recut
 from kdsurgeon.stones import compose
+from kdsurgeon.stones.surgery import context_inputs, graft
 from kdsurgeon.tracing import trace
 from tests import models
 
@@ -181,3 +182,54 @@ def test_a_norm_behind_a_junction_whose_weight_is_a_parameter_belongs_to_it():
     points = find_cut_points(trace(Scaled(), models.images(2)))
     norms = [point.is_junction for point in points if point.name.startswith("layer_norm")]
     assert norms == [True] * 3
+
+
+class _Filled(nn.Module):
+    """Its head reads dtype and device of the first layer's tensor, and nothing else of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        early = torch.relu(self.first(x))
+        late = torch.relu(self.second(early))
+        return self.head(torch.cat([late, early.new_zeros(len(late), 2)], 1))
+
+
+def test_a_tensor_of_which_only_the_type_is_read_is_not_computed_again():
+    found = trace(_Filled().eval(), torch.randn(3, 4))
+    (at,) = [each for each in find_cut_points(found) if each.name == "relu_1"]
+    whole = cut(found, [at])
+    graph = fx.Graph()
+    boundary = {found.nodes["relu_1"]: graph.placeholder("late")}
+    graft(graph, whole.blocks[1].nodes, boundary, {}, "tail.")
+    assert not any("first" in str(node.target) for node in graph.nodes)
+    x = torch.randn(5, 4)
+    assert torch.equal(compose(whole)(x), found.model(x))
+
+
+class _Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, data, weight):
+        return self.head(torch.relu(self.body(data)) * weight)
+
+
+def test_blocks_after_a_cut_read_every_input_but_the_data():
+    given = {"data": torch.randn(3, 4), "weight": torch.ones(3, 1)}
+    found = trace(_Two().eval(), given)
+    inputs = {node: node for node in found.placeholders}
+    assert [str(node.target) for node in context_inputs(found, inputs)] == ["weight"]
+
+
+def test_a_model_without_multiply_adds_has_passed_none_of_them():
+    pooled = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    points = find_cut_points(trace(pooled.eval(), torch.randn(2, 3, 4, 4)))
+    assert points and {point.progress for point in points} == {0.0}
+    lone = nn.Sequential(nn.Flatten(), nn.Linear(1, 1, bias=False), nn.ReLU())
+    one = find_cut_points(trace(lone.eval(), torch.randn(2, 1, 1, 1)))
+    assert one[-1].progress == 1.0
