@@ -182,7 +182,13 @@ class Source:
 
     def around(self, line: int) -> list[ast.stmt]:
         """The statements that a line lies in, from the outside in."""
-        return [node for node in self.statements if node.lineno <= line <= (node.end_lineno or 0)]
+        return [node for node in self.statements if _first(node) <= line <= (node.end_lineno or 0)]
+
+
+def _first(statement: ast.stmt) -> int:
+    """Its first line, that of a decorator if it has any."""
+    decorators = getattr(statement, "decorator_list", ())
+    return min([statement.lineno, *(each.lineno for each in decorators)])
 
 
 source_of = cache(Source)
@@ -223,7 +229,7 @@ class Mutant(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         node = self.source.around(line)[-1]
         inner = [each.lineno for each in ast.iter_child_nodes(node) if isinstance(each, ast.stmt)]
         end = min((at for at in inner if at > line), default=(node.end_lineno or line) + 1)
-        return range(node.lineno, max(end, line + 1))
+        return range(_first(node), max(end, line + 1))
 
     @property
     def _definitions(self) -> list[ast.FunctionDef | ast.ClassDef]:

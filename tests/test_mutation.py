@@ -40,16 +40,19 @@ def f(x, y=4):
     return [
         y + 6,
     ]
+@frozen(True)
+class C: pass
 """
 
 
 def test_a_change_is_known_by_the_function_that_it_is_in(monkeypatch):
     source(TEXT, monkeypatch)
-    made = {str(each): each for each in (Mutant("x", n) for n in range(9))}
+    made = {str(each): each for each in (Mutant("x", n) for n in range(10))}
     found = {name: (m.statement, m.is_in_function) for name, m in made.items()}
     assert found["x.py:1: x | LIMIT = 3 | 3 → 4"] == (range(1, 2), False)
     assert found["x.py:2: x.f | def f(x, y=4): | 4 → 5"] == (range(2, 3), False)
     assert found["x.py:4: x.f | 5): | 5 → 6"] == (range(3, 5), True)
+    assert found["x.py:9: x.C | @frozen(True) | True → False"] == (range(9, 10), False)
     assert found["x.py:7: x.f | y + 6, | 6 → 7"] == (range(6, 9), True)
 
 
@@ -58,7 +61,7 @@ def test_the_tests_that_reach_a_line_come_first_and_take_a_minute(monkeypatch):
     seconds = {"slow": 50.0, "quick": 1.0, "longer": 20.0, "other": 2.0}
     path = str(mutation.ROOT / "x.py")
     reach = Reach({(path, 3): ["slow", "quick", "longer"]}, seconds)
-    at = {each.change.what: each for each in (Mutant("x", n) for n in range(9))}
+    at = {each.change.what: each for each in (Mutant("x", n) for n in range(10))}
     assert reach.order(at["5 → 6"]) == ["quick", "longer", "slow"]
     assert reach.order(at["3 → 4"]) == ["quick", "other", "longer", "slow"], "by all, at import"
     assert reach.order(at["6 → 7"]) == ["slow", "longer"], "in a process that a test starts"
