@@ -7,8 +7,15 @@ from torch import fx, nn
 
 from kdsurgeon.errors import PlanError
 from kdsurgeon.layouts import describe_activations
-from kdsurgeon.partitioning import activations, cut, find_cut_points, fingerprint, recut
-from kdsurgeon.stones import compose
+from kdsurgeon.partitioning import (
+    activations,
+    cut,
+    find_cut_points,
+    fingerprint,
+    primary_input,
+    recut,
+)
+from kdsurgeon.stones import compose, partition, synthesize
 from kdsurgeon.stones.surgery import context_inputs, graft
 from kdsurgeon.tracing import trace
 from tests import models
@@ -233,3 +240,24 @@ def test_a_model_without_multiply_adds_has_passed_none_of_them():
     lone = nn.Sequential(nn.Flatten(), nn.Linear(1, 1, bias=False), nn.ReLU())
     one = find_cut_points(trace(lone.eval(), torch.randn(2, 1, 1, 1)))
     assert one[-1].progress == 1.0
+
+
+class _Unequal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = nn.Linear(2, 3), nn.Sequential(nn.Linear(9, 30), nn.Linear(30, 3))
+
+    def forward(self, little, much):
+        return self.small(little) + self.large(much)
+
+
+def test_of_two_inputs_that_with_most_compute_behind_it_is_the_data():
+    given = {"little": torch.randn(3, 2), "much": torch.randn(3, 9)}
+    assert str(primary_input(trace(_Unequal().eval(), given)).target) == "much"
+
+
+def test_the_teachers_own_pass_gives_the_teachers_logits():
+    teacher, student = models.make("residual"), models.make("chain")
+    stones = synthesize(partition(teacher, student, models.images()), fold=False)
+    wanted = teacher.eval()(models.images(3))
+    assert torch.equal(stones.teacher_logits(models.images(3)), wanted)
