@@ -200,7 +200,7 @@ def test_calibration_needs_no_classes(run_of_three, capsys):
     assert json.loads(read_metadata("x.int8.onnx")["class_names"]) == ["3", "0", "1"]
 
 
-def test_calibration_images_say_how_raw_ones_are_normalised():
+def test_raw_images_need_a_normalisation_that_somebody_names():
     line = ["export", "student.pt", "x.onnx", "--embed-preprocessing", "--input-size", "1,8,8"]
     assert main(line) == 2
     assert main([*line, "--mean", "0.3", "--std", "0.2"]) == 0
